@@ -76,7 +76,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import datasets
     import numpy as np
-    import safetensors.torch as safetensors
+    import safetensors
     import tokenizers
     import torch
     import tqdm
@@ -96,7 +96,7 @@ else:
             return value
 
     np, torch, transformers = _Lazy("numpy"), _Lazy("torch"), _Lazy("transformers")
-    datasets, tokenizers, safetensors, tqdm = map(_Lazy, ("datasets", "tokenizers", "safetensors.torch", "tqdm"))
+    datasets, safetensors, tokenizers, tqdm = map(_Lazy, ("datasets", "safetensors", "tokenizers", "tqdm"))
 
 
 class UsageError(Exception):
@@ -302,6 +302,12 @@ class Config:
         return self.tokenizer or MODEL_SIZES[self.model_size].tokenizer
 
     @property
+    def identity(self) -> str:
+        """A digest of what shapes a run's result: its journal and checkpoints carry it."""
+        flags = dataclasses.asdict(self)
+        return flags_digest({name: value for name, value in flags.items() if name not in {*FREE_FLAGS, *ACTIONS, "run_name"}})
+
+    @property
     def uses_queries(self) -> bool:
         return self.mode != "FO"
 
@@ -313,6 +319,10 @@ class Config:
     def backpropagates(self, step: int) -> bool:
         """Whether this step uses the true gradient."""
         return self.mode == "FO" or (self.bp_interval is not None and step % self.bp_interval == 0)
+
+
+def flags_digest(flags: dict) -> str:
+    return hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()
 
 
 class Parser(argparse.ArgumentParser):
@@ -342,14 +352,20 @@ def build_parser() -> Parser:
         else:
             kinds = {"int": "N", "float": "X"}
             metavar = "|".join(about["choices"]) if "choices" in about else kinds.get(field.type.split()[0], "TEXT")
-            group.add_argument(f"--{field.name}", metavar=metavar, default=None, help=text.replace("%", "%%"))
+            text = text.replace("%", "%%")
+            group.add_argument(f"--{field.name}", metavar=metavar, nargs="?", const=NO_VALUE, help=text)
     return parser
+
+
+NO_VALUE = "\\0"  # stands for a value that was left out: no shell can give it
 
 
 def convert(field: dataclasses.Field, text: str):
     """A flag's text as the field's type; ValueError says what is wrong."""
     about = field.metadata
     kind = field.type.split()[0]
+    if text == NO_VALUE:
+        raise ValueError(f"--{field.name}: needs a value")
     parse = about.get("parse") or {"int": int, "float": float, "str": str}[kind]
     try:
         value = parse(text)
@@ -379,15 +395,34 @@ FREE_FLAGS = {
 ACTIONS = ("resume", "replay", "replay_step")
 
 
+def joined_numbers(argv: Sequence[str]) -> Iterator[str]:
+    """--flag -1e-3 as --flag=-1e-3: argparse takes the number for a flag."""
+    words = iter([*argv, ""])
+    word = next(words)
+    for after in words:
+        if word.startswith("--") and "=" not in word and after.startswith("-") and is_number(after):
+            word, after = f"{word}={after}", next(words, "")
+        yield word
+        word = after
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def parse_config(argv: Sequence[str]) -> tuple[Config, set[str]]:
     """The flags as a Config, and the names of those given.
 
     UsageError has a line for every fault, found before anything heavy is imported.
     """
     parser = build_parser()
-    known, unknown = parser.parse_known_args(argv)
+    known, unknown = parser.parse_known_args(list(joined_numbers(argv)))
     flags = [f"--{field.name}" for field in dataclasses.fields(Config)]
-    faults = []
+    faults, faulty = [], set()
     for before, word in zip(["", *unknown], unknown):
         name = word.split("=")[0]
         if word.startswith("-"):
@@ -403,62 +438,79 @@ def parse_config(argv: Sequence[str]) -> tuple[Config, set[str]]:
             values[field.name] = given if isinstance(given, bool) else convert(field, given)
         except ValueError as fault:
             faults.append(str(fault))
+            faulty.add(field.name)
     config = Config(**values)
-    faults += validate(config, values)
+    faults += validate(config, set(values), faulty)
     if faults:
         raise UsageError("\n".join(faults))
     return config, set(values)
 
 
-def validate(config: Config, given: Iterable[str] = ()) -> list[str]:
-    """Every fault that shows without data: ranges, clashes, names, an unwritable folder. One line each."""
+def range_faults(config: Config) -> list[str]:
+    """Values that no run can have, and values that exclude each other."""
+    q, rows = config.query_budget_q, config.batch_size
+    interval = f"--bp_interval: --mode {config.mode}"
+    checks = [
+        (0 < config.epsilon <= 1e6, f"--epsilon {config.epsilon:g}: must be above 0, and 1e6 at most"),
+        (0 < config.learning_rate <= 1e6, f"--learning_rate {config.learning_rate:g}: must be above 0, and 1e6 at most"),
+        (0 <= config.min_lr <= config.learning_rate, f"--min_lr {config.min_lr:g}: must be from 0 to the learning rate"),
+        (config.max_decrease >= 0, f"--max_decrease {config.max_decrease:g}: must be at least 0"),
+        (0 <= config.weight_decay <= 1e6, f"--weight_decay {config.weight_decay:g}: must be from 0 to 1e6"),
+        (0 < config.guide_cosine < 1, f"--guide_cosine {config.guide_cosine:g}: must lie between 0 and 1"),
+        (config.seed < 2**63, f"--seed {config.seed}: must be below 2**63"),
+        (
+            config.block_size <= MAX_POSITIONS,
+            f"--block_size {config.block_size}: the model has {MAX_POSITIONS} positions; lower it",
+        ),
+        (
+            config.query_data == "shared" or not config.uses_queries or rows % q == 0,
+            f"--query_data distinct: --batch_size {rows} can't be shared out evenly to --query_budget_q {q} queries; make it "
+            "a multiple",
+        ),
+    ]
+    if config.mode in ("Instruct", "Calibrate"):
+        checks.append((config.bp_interval is not None, f"{interval} needs it (a number of steps, such as 5)"))
+    else:
+        checks.append((config.bp_interval is None, f"{interval} has no use for it; Instruct and Calibrate do"))
+    return [line for fine, line in checks if not fine]
+
+
+def action_faults(config: Config) -> list[str]:
+    """--resume and --replay without a run directory, or without each other's place."""
     faults = []
-
-    def check(fine: bool, line: str) -> None:
-        if not fine:
-            faults.append(line)
-
-    check(config.epsilon > 0, f"--epsilon {config.epsilon:g}: must be above 0")
-    check(config.learning_rate > 0, f"--learning_rate {config.learning_rate:g}: must be above 0")
-    check(config.max_decrease >= 0, f"--max_decrease {config.max_decrease:g}: must be at least 0")
-    check(config.weight_decay >= 0, f"--weight_decay {config.weight_decay:g}: must be at least 0")
-    check(0 <= config.min_lr <= config.learning_rate, f"--min_lr {config.min_lr:g}: must be from 0 to the learning rate")
-    check(0 < config.guide_cosine < 1, f"--guide_cosine {config.guide_cosine:g}: must lie between 0 and 1")
-    check(config.seed < 2**63, f"--seed {config.seed}: must be below 2**63")
-    check(
-        config.block_size <= MAX_POSITIONS,
-        f"--block_size {config.block_size}: the model has {MAX_POSITIONS} positions; lower it",
-    )
-    check(not (config.resume and config.replay), "--resume, --replay: one or the other")
-    check(config.replay_step is None or config.replay is not None, "--replay_step: has no effect without --replay")
+    if config.resume and config.replay:
+        faults.append("--resume, --replay: one or the other")
+    if config.replay_step is not None and config.replay is None:
+        faults.append("--replay_step: has no effect without --replay")
     for name in ("resume", "replay"):
         path = getattr(config, name)
-        if path is not None and not (name == "resume" and path == "auto"):
-            check((Path(path) / "config.json").is_file(), f"--{name} {path}: not a run directory (no config.json in it)")
+        if path is not None and (name, path) != ("resume", "auto") and not (Path(path) / "config.json").is_file():
+            faults.append(f"--{name} {path}: not a run directory (no config.json in it)")
+    return faults
+
+
+def useless_flags(config: Config, given: set[str]) -> list[str]:
+    """Flags that were given and would silently do nothing."""
+    uses = {
+        "warmup_steps": (config.use_lr_scheduler, "--use_lr_scheduler"),
+        "min_lr": (config.use_lr_scheduler, "--use_lr_scheduler"),
+        "guide_cosine": (config.mode == "Instruct", "--mode Instruct"),
+        "rank": (config.direction in ("lowrank", "aligned"), "--direction lowrank or aligned"),
+    }
+    return [f"--{name}: has no effect without {other}" for name, (used, other) in uses.items() if name in given and not used]
+
+
+def validate(config: Config, given: set[str], faulty: set[str]) -> list[str]:
+    """Every fault that shows without data, a line each; flags in `faulty` have had theirs."""
+    faults = action_faults(config)
     if config.resume or config.replay:
         return faults  # the other flags are the run's own
-    if config.mode in ("Instruct", "Calibrate"):
-        check(config.bp_interval is not None, f"--bp_interval: --mode {config.mode} needs it (a number of steps, such as 5)")
-    else:
-        check(config.bp_interval is None, f"--bp_interval: --mode {config.mode} has no use for it; Instruct and Calibrate do")
-    if config.query_data == "distinct" and config.uses_queries:
-        check(
-            config.batch_size % config.query_budget_q == 0,
-            f"--query_data distinct: --batch_size {config.batch_size} can't be shared out evenly to "
-            f"--query_budget_q {config.query_budget_q} queries; make it a multiple",
-        )
-    for name, needed in (("warmup_steps", "use_lr_scheduler"), ("min_lr", "use_lr_scheduler")):
-        check(name not in given or getattr(config, needed), f"--{name}: has no effect without --{needed}")
-    check("guide_cosine" not in given or config.mode == "Instruct", "--guide_cosine: has no effect without --mode Instruct")
-    check(
-        "rank" not in given or config.direction in ("lowrank", "aligned"),
-        "--rank: has no effect without --direction lowrank or aligned",
-    )
+    faults += range_faults(config) + useless_flags(config, given)
     faults += dataset_faults(config.dataset) + tokenizer_faults(config.tokenizer_name)
     if config.run_name is not None and (not config.run_name or "/" in config.run_name or config.run_name.startswith(".")):
         faults.append(f"--run_name {config.run_name!r}: must be a plain name, without / or a leading dot")
     faults += folder_faults("--log_dir", Path(config.log_dir)) + folder_faults("--cache_dir", config.cache)
-    return faults
+    return [fault for fault in faults if fault.split()[0].strip(":,").removeprefix("--") not in faulty]
 
 
 def dataset_faults(dataset: str) -> list[str]:
@@ -907,6 +959,10 @@ def wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def full_precision(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def token_losses(h: torch.Tensor, targets: torch.Tensor, tiles: HeadTiles, workers: Workers) -> torch.Tensor:
     """Negative log-likelihood of each target, float64 [G, S]; 0 where the target is IGNORE_INDEX.
 
@@ -927,7 +983,7 @@ def token_losses(h: torch.Tensor, targets: torch.Tensor, tiles: HeadTiles, worke
             logits.addmm_(low[0][span], low[1].T)
         if bias is not None:
             logits.add_(bias)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = full_precision(logits)
         joined = partial[slab_index, group, span]
         torch.logaddexp(joined, torch.logsumexp(logits, 1).to(joint), out=joined)
         local = targets[group, span] - rows.start
@@ -1057,8 +1113,7 @@ class Objective:
         logits = logits[:, :-1].reshape(groups, -1, logits.shape[-1])
         targets = next_tokens(labels, groups)
         loss_fn = self.loss_fn or torch.nn.functional.cross_entropy
-        full = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        return torch.stack([loss_fn(logits[g].to(full), targets[g]).to(wide(self.device)) for g in range(groups)])
+        return torch.stack([loss_fn(full_precision(logits[g]), targets[g]).to(wide(self.device)) for g in range(groups)])
 
     def gradient(self, input_ids: torch.Tensor, labels: torch.Tensor, tensors: list[Tensor]) -> tuple[float, list[torch.Tensor]]:
         """The mean loss of the batch and its true gradient, by backpropagation; the logits are recomputed by slices."""
@@ -1067,14 +1122,13 @@ class Objective:
             targets = next_tokens(labels, 1)[0]
             if not self.sliced:
                 logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-                loss = (self.loss_fn or torch.nn.functional.cross_entropy)(logits.float(), targets)
+                loss = (self.loss_fn or torch.nn.functional.cross_entropy)(full_precision(logits), targets)
                 return loss.item(), list(torch.autograd.grad(loss, parameters))
             h = self.hidden(input_ids)[:, :-1].flatten(0, 1)
 
             def slice_loss(piece: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-                return torch.nn.functional.cross_entropy(
-                    self.head(piece).float(), target, reduction="sum", ignore_index=IGNORE_INDEX
-                )
+                logits = full_precision(self.head(piece))
+                return torch.nn.functional.cross_entropy(logits, target, reduction="sum", ignore_index=IGNORE_INDEX)
 
             pieces = zip(h.split(TILE_TOKENS), targets.split(TILE_TOKENS))
             total = sum(
@@ -1546,7 +1600,8 @@ class Estimate:
     @property
     def projected_grads(self) -> np.ndarray:
         """c_i = (L(theta + epsilon z_i) - L(theta - epsilon z_i)) / (2 epsilon), float64 [q] (Spall 1992)."""
-        return (self.losses[:, 0] - self.losses[:, 1]) / (2 * self.epsilon)
+        with np.errstate(invalid="ignore"):  # inf - inf is for the caller to see, as NaN
+            return (self.losses[:, 0] - self.losses[:, 1]) / (2 * self.epsilon)
 
     @property
     def loss(self) -> float:
@@ -1858,6 +1913,16 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerFast, folder: Path) -> None:
+    """tokenizer.save_pretrained, with a failure to write as OSError."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library has no narrower class for it
+        if "os error" not in str(error):
+            raise
+        raise OSError(first_line(error)) from error
+
+
 def finish_folder(staged: Path, final: Path) -> None:
     """Makes a staged folder final: its files flushed, the manifest of their sizes and SHA-256 last, then renamed."""
     files = sorted(path for path in staged.iterdir() if path.is_file())
@@ -1977,6 +2042,7 @@ def streamed_texts(config: Config) -> Iterator[str]:
     hub = HUB_DATASETS.get(config.dataset)
     offline = hub is not None and os.environ.get("HF_HUB_OFFLINE") == "1"
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its lines say what the error below says
     try:
         if hub is not None:
             stream_ = datasets.load_dataset(hub.path, hub.config, split="train", streaming=True)
@@ -2129,6 +2195,7 @@ def prepare_corpus(config: Config, device: torch.device, say: Callable[[str], No
         say(f"tokenizing {config.dataset} with {name} (once; kept in {folder})")
         with storing(config.cache):
             staged = Path(tempfile.mkdtemp(prefix="partial-", dir=config.cache))
+            staged.chmod(0o755)
             try:
                 write_corpus(config, given, staged)
                 finish_folder(staged, folder)
@@ -2162,7 +2229,7 @@ def write_corpus(config: Config, given, folder: Path) -> None:
                 ids.tofile(out)
                 tokens[split] += len(ids)
                 counts[split] += 1
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     about = {"dataset": config.dataset, "tokenizer": name, "dtype": dtype.name, "tokens": tokens, "documents": counts}
     (folder / "corpus.json").write_text(json.dumps(about, indent=1), "utf-8")
 
@@ -2306,7 +2373,8 @@ class Journal:
     `records`, and its step is measured again.
     """
 
-    def __init__(self, path: Path, q: int):
+    def __init__(self, path: Path, q: int, identity: str):
+        self.start = zlib.crc32(identity.encode())  # of each checksum: another run's record does not fit
         fields = [("step", "<u8"), ("learning_rate", "<f8"), ("loss", "<f8"), ("grad_norm", "<f8")]
         fields += [("backpropagated", "<u4"), ("checksum", "<u4"), ("projected_grads", "<f8", (q,))]
         self.path, self.dtype = path, np.dtype(fields)
@@ -2326,11 +2394,10 @@ class Journal:
         values = (row[name].item() for name in ("step", "learning_rate", "loss", "grad_norm"))
         return Record(*values, bool(row["backpropagated"]), row["projected_grads"].copy())
 
-    @staticmethod
-    def _checksum(row: np.void) -> int:
+    def _checksum(self, row: np.void) -> int:
         bare = row.copy()
         bare["checksum"] = 0
-        return zlib.crc32(bare.tobytes())
+        return zlib.crc32(bare.tobytes(), self.start)
 
     def append(self, record: Record) -> None:
         """Writes the record of a step in its place."""
@@ -2444,6 +2511,9 @@ class RunDirectory:
         with storing(self.path / "metrics.csv"), open(self.path / "metrics.csv", "a", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerow([row[name] for name in METRICS])
         self.rows.append(row)
+        if len(self.rows) > 1 and int(row["step"]) < int(self.rows[-2]["step"]):  # it fills a gap that damage left
+            self.rows.sort(key=lambda each: int(each["step"]))
+            self.keep_rows(int(self.rows[-1]["step"]))
 
     def keep_rows(self, last_step: int) -> None:
         """Rewrites metrics.csv with the rows up to a step."""
@@ -2467,9 +2537,9 @@ class RunDirectory:
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir()
             model.save_pretrained(staged)
-            tokenizer.save_pretrained(staged)
-            safetensors.save_file(state, staged / "optimizer.safetensors")
-            (staged / "state.json").write_text(json.dumps({"step": step}), "utf-8")
+            save_tokenizer(tokenizer, staged)
+            importlib.import_module("safetensors.torch").save_file(state, staged / "optimizer.safetensors")
+            (staged / "state.json").write_text(json.dumps({"step": step, "run": self.config.identity}), "utf-8")
             finish_folder(staged, final)
         for old in self.checkpoint_folders()[: -self.config.keep_checkpoints]:
             shutil.rmtree(old, ignore_errors=True)
@@ -2478,10 +2548,6 @@ class RunDirectory:
     def checkpoint_folders(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
         return sorted(path for path in self.checkpoints.glob("step_*") if path.is_dir())
-
-
-def flags_digest(flags: dict) -> str:
-    return hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()
 
 
 def git_commit() -> str | None:
@@ -2504,13 +2570,6 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     return [rows[step] for step in sorted(rows)]
 
 
-def is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
 def read_config(path: Path) -> Config:
     """A run's flags from its config.json; UsageError if it was damaged or changed by hand."""
     about = read_json(path / "config.json")
@@ -2521,10 +2580,18 @@ def read_config(path: Path) -> Config:
     if set(flags) != names:
         odd = ", ".join(sorted(set(flags) ^ names))
         raise UsageError(f"{path / 'config.json'}: of another version of this script (flags that differ: {odd})")
-    values = {}
+    values, faults = {}, []
     for field in dataclasses.fields(Config):
         value = flags[field.name]
-        values[field.name] = value if value is None or isinstance(value, bool) else convert(field, str(value))
+        try:
+            if (field.type == "bool") != isinstance(value, bool) or (value is None and field.default is not None):
+                raise ValueError(f"--{field.name} {value}: not of its type")
+            values[field.name] = value if value is None or isinstance(value, bool) else convert(field, str(value))
+        except ValueError as fault:
+            faults.append(str(fault))
+    faults = faults or range_faults(Config(**values))
+    if faults:
+        raise UsageError("\n".join(f"{path / 'config.json'}: {fault}" for fault in faults))
     return Config(**values)
 
 
@@ -2816,7 +2883,7 @@ class Trainer:
         c = self._finite(queries.step, estimate)
         kept = np.isfinite(c)
         norm = estimator_norm(c[kept], self.dimension, queries.family.gain)
-        if not abs(c[kept]).sum() * queries.family.largest < LARGEST_UPDATE:
+        if not max(1.0, rate) * abs(c[kept]).sum() * queries.family.largest < LARGEST_UPDATE:
             raise NonFiniteError(f"step {queries.step}: the update would overflow (|g| is about {norm:.1e}); {LOWER_RATE}")
         if self.config.optimizer == "sgd":
             decay = rate / self.config.learning_rate
@@ -2854,8 +2921,9 @@ class Trainer:
     def load(self, folder: Path) -> None:
         """Weights and state of a checkpoint whose manifest holds; UsageError where they don't fit this run."""
         try:
-            weights = safetensors.load_file(folder / "model.safetensors")
-            state = safetensors.load_file(folder / "optimizer.safetensors")
+            load_file = importlib.import_module("safetensors.torch").load_file
+            weights = load_file(folder / "model.safetensors")
+            state = load_file(folder / "optimizer.safetensors")
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():
                     if weights[name].shape != parameter.shape:
@@ -2865,7 +2933,7 @@ class Trainer:
             if all(part is not None for part in guide):
                 self.guide = [part.to(self.device) for part in guide]
             self.optimizer.load(state)
-        except (KeyError, ValueError, RuntimeError, importlib.import_module("safetensors").SafetensorError) as error:
+        except (KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise UsageError(f"{folder}: does not fit this run ({first_line(error)})") from error
 
 
@@ -2942,6 +3010,8 @@ def restore(trainer: Trainer, journal: Journal) -> int:
     start = 0
     for folder in reversed(trainer.run.checkpoint_folders()):
         fault = folder_fault(folder)
+        if fault is None and read_json(folder / "state.json").get("run") != trainer.config.identity:
+            fault = "it is another run's"
         if fault is None:
             trainer.load(folder)
             start = int(folder.name.removeprefix("step_"))
@@ -2975,7 +3045,7 @@ def prepared(config: Config, run: RunDirectory) -> Iterator[tuple[Trainer, Journ
         model = build_model(config, corpus.tokenizer).to(workers.device)
         trainer = Trainer(config, run, corpus, model, workers)
         check_space(trainer)
-        with contextlib.closing(Journal(run.path / "journal.bin", config.query_budget_q)) as journal:
+        with contextlib.closing(Journal(run.path / "journal.bin", config.query_budget_q, config.identity)) as journal:
             yield trainer, journal
 
 
@@ -3005,6 +3075,7 @@ def loop(trainer: Trainer, journal: Journal, start: int, stop: Stop) -> int:
             return None
         row = metrics_row(trainer, record, done, validation_loss(trainer.objective, trainer.corpus) if validated else None)
         run.add_row(row)
+        rows_there.add(done)
         return row
 
     try:
@@ -3024,10 +3095,12 @@ def loop(trainer: Trainer, journal: Journal, start: int, stop: Stop) -> int:
             if done % config.save_interval == 0 and done > known:
                 trainer.save(done)
     except NonFiniteError:
-        run.say(f"the weights before this step are kept in {trainer.save(done)}")
+        with contextlib.suppress(NonFiniteError):  # weights that are not finite themselves are not worth keeping
+            run.say(f"the weights before this step are kept in {trainer.save(done)}")
         raise
     finally:
         progress.close()
+    account(done, journal.records.get(done - 1))  # there already, unless metrics.csv was damaged
     checkpoint = trainer.save(done)
     picture = draw_loss(run)
     if done < total:
@@ -3098,6 +3171,7 @@ def replay_report(trainer: Trainer, journal: Journal, wanted: int, took: float) 
     own = run.checkpoints / f"step_{wanted:08d}"
     run.checkpoints = run.path / "replay"
     with storing(run.checkpoints):
+        shutil.rmtree(run.checkpoints / own.name, ignore_errors=True)  # an earlier replay's
         run.checkpoints.mkdir(exist_ok=True)
     written = trainer.save(wanted)
     run.say(f"replayed {wanted} steps in {took:.1f} s; wrote {written}")

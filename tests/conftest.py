@@ -1,0 +1,113 @@
+"""What the tests share: the script importable, one token cache, small runs. Nothing here reaches the network."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nothing listens there
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+import harness  # noqa: E402
+import pytest  # noqa: E402
+
+import reproduce_zo_paper as zo  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """The token cache of the whole test run."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def miniature(monkeypatch) -> None:
+    """`--model_size tiny` is a model of 30 thousand parameters."""
+    harness.shrink(monkeypatch.setitem)
+
+
+class Runs:
+    """The script on small numbers, its run directories under one folder."""
+
+    def __init__(self, folder: Path, cache: Path):
+        self.folder, self.cache = folder, cache
+
+    def flags(self, name: str = "logs", **flags) -> dict:
+        return harness.FLAGS | {"log_dir": self.folder / name, "cache_dir": self.cache} | flags
+
+    def code(self, name: str = "logs", **flags) -> int:
+        """The exit code of a run of the miniature in this process."""
+        return self.main(harness.argv(**self.flags(name, **flags)))
+
+    def main(self, words: list[str]) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            harness.shrink(patch.setitem)
+            return zo.main(words)
+
+    def train(self, name: str = "logs", **flags) -> Path:
+        """A run in this process that must succeed, alone in folder/name; its directory."""
+        assert self.code(name, **flags) == 0
+        return harness.only_run(self.folder / name)
+
+    def resume(self, run: Path, **flags) -> int:
+        return self.main(harness.argv(resume=run, **flags))
+
+    def replay(self, run: Path, **flags) -> int:
+        return self.main(harness.argv(replay=run, **flags))
+
+    def start(self, name: str = "logs", fault: tuple = (), **flags) -> harness.Child:
+        """A run in a process of its own."""
+        words = harness.argv(**self.flags(name, **flags))
+        return harness.Child(words, self.folder / f"{name}.out", fault)
+
+    def start_resume(self, run: Path, fault: tuple = (), **flags) -> harness.Child:
+        return harness.Child(harness.argv(resume=run, **flags), self.folder / "resume.out", fault)
+
+
+@pytest.fixture
+def runs(tmp_path, cache) -> Runs:
+    return Runs(tmp_path, cache)
+
+
+@pytest.fixture(scope="module")
+def module_runs(tmp_path_factory, cache) -> Runs:
+    """Runs whose results several tests of a module look at, without changing them."""
+    return Runs(tmp_path_factory.mktemp("runs"), cache)
+
+
+@pytest.fixture
+def errors(capsys):
+    """Calls the script's main; (exit code, its lines on standard error)."""
+
+    def call(words: list[str]) -> tuple[int, list[str]]:
+        capsys.readouterr()
+        code = zo.main([str(word) for word in words])
+        return code, capsys.readouterr().err.splitlines()
+
+    return call
+
+
+@pytest.fixture
+def tiny_llama():
+    """A Llama with tied embeddings, grouped heads and a vocabulary of 61, in float32, with small random weights."""
+    return harness.llama()
+
+
+@pytest.fixture
+def small_blocks(monkeypatch) -> None:
+    """Directions in blocks of 256 elements, so that even small tensors have several."""
+    monkeypatch.setitem(zo.BLOCK_ELEMENTS, "cpu", 256)
+
+
+@pytest.fixture
+def workers():
+    """One worker: tasks run inline."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with zo.Workers(torch.device("cpu")) as inline:
+        yield inline
+    torch.set_num_threads(before)

@@ -1,0 +1,284 @@
+"""Small runs of the script: in this process, or each in a process of its own that can be killed at any moment."""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+for folder in (HERE, ROOT):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+import reproduce_zo_paper as zo  # noqa: E402
+
+# A model so small that a step takes milliseconds, and blocks so small that its largest matrix has several.
+MINIATURE = zo.Size(32, 2, 2, 64, "bpe:300")
+MINIATURE_BLOCK = 1 << 11
+
+# Every default that matters is given, so that tests do not change with the defaults.
+FLAGS = {
+    "mode": "ZO",
+    "model_size": "tiny",
+    "dataset": "embedded",
+    "max_samples": 40,
+    "batch_size": 2,
+    "block_size": 16,
+    "tokenizer": "bpe:300",
+    "query_budget_q": 2,
+    "epsilon": 1e-3,
+    "direction": "gaussian",
+    "query_data": "shared",
+    "optimizer": "sgd",
+    "learning_rate": 1e-4,
+    "max_steps": 4,
+    "log_interval": 1,
+    "eval_interval": 4,
+    "eval_samples": 4,
+    "save_interval": 2,
+    "keep_checkpoints": 100,
+    "device": "cpu",
+    "num_threads": 2,
+}
+TIME_COLUMNS = ("seconds", "peak_memory_mib")
+
+
+def argv(**flags) -> list[str]:
+    """Flags as words; True is a bare flag, None and False leave it out."""
+    words = []
+    for name, value in flags.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def shrink(setter=dict.__setitem__) -> None:
+    """Makes `tiny` the miniature, and blocks small."""
+    setter(zo.MODEL_SIZES, "tiny", MINIATURE)
+    setter(zo.BLOCK_ELEMENTS, "cpu", MINIATURE_BLOCK)
+
+
+def llama(dtype: str = "float32", tied: bool = True):
+    """A Llama of 7 thousand parameters with weights large enough that every one matters."""
+    import torch
+    import transformers
+
+    about = transformers.LlamaConfig(
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        model = transformers.LlamaForCausalLM(about)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return model.to(getattr(torch, dtype)).eval()
+
+
+def only_run(log_dir: Path) -> Path:
+    """The one run directory of a log directory."""
+    runs = [path for path in log_dir.iterdir() if path.is_dir()]
+    assert len(runs) == 1, f"expected one run in {log_dir}, found {runs}"
+    return runs[0]
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def timeless(run: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv without the columns of time and memory."""
+    return [{name: value for name, value in row.items() if name not in TIME_COLUMNS} for row in metrics(run)]
+
+
+def last_checkpoint(run: Path) -> Path:
+    return max((run / "checkpoints").glob("step_*"))
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What differs, bit for bit, between two runs that should be the same."""
+    found = []
+    if timeless(one) != timeless(other):
+        found.append("metrics.csv")
+    if (one / "journal.bin").read_bytes() != (other / "journal.bin").read_bytes():
+        found.append("journal.bin")
+    ours, theirs = last_checkpoint(one), last_checkpoint(other)
+    if ours.name != theirs.name:
+        found.append(f"{ours.name} and {theirs.name}")
+    names = ("model.safetensors", "optimizer.safetensors")
+    return found + [name for name in names if (ours / name).read_bytes() != (theirs / name).read_bytes()]
+
+
+def damage(path: Path, how: str, everywhere: bool = False) -> None:
+    """Truncates a file, empties it, or flips a bit in its middle (or in each of its bytes)."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if how == "flipped":
+        flipped = bytes(byte ^ 1 for byte in content) if everywhere else bytes([content[middle] ^ 4])
+        path.write_bytes(flipped if everywhere else content[:middle] + flipped + content[middle + 1 :])
+    else:
+        path.write_bytes(content[:middle] if how == "truncated" else b"")
+
+
+# ---- a process of its own ------------------------------------------------------------------------------------------
+
+
+def exit_at_storage_call(number: int, after_step: int) -> None:
+    """Ends the process, as a kill would, before the number-th storage call of the checkpoint of that step."""
+    import shutil
+
+    active, calls = [False], [0]
+
+    def counted(function):
+        def call(*args, **kwargs):
+            if active[0]:
+                if calls[0] == number:
+                    os._exit(9)
+                calls[0] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    save = zo.RunDirectory.save_checkpoint
+
+    def watched(self, step, *args):
+        active[0] = step == after_step
+        try:
+            return save(self, step, *args)
+        finally:
+            active[0] = False
+
+    zo.RunDirectory.save_checkpoint = watched
+    zo.flush = counted(zo.flush)
+    shutil.rmtree = counted(shutil.rmtree)
+    for name in ("mkdir", "write_text", "rename", "replace"):
+        setattr(Path, name, counted(getattr(Path, name)))
+
+
+def limit_file_size(size: int) -> None:
+    """Files that grow beyond `size` fail, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def full_disk_after(size: int, steps: int) -> None:
+    """The limit of `limit_file_size` from a step on."""
+    step = zo.Trainer.step
+
+    def limited(self, number, *args):
+        if number == steps:
+            limit_file_size(size)
+        return step(self, number, *args)
+
+    zo.Trainer.step = limited
+
+
+def full_disk_in_journal(step: int) -> None:
+    """The record of a step is written in part, as on a full disk."""
+    write = os.pwrite
+
+    def torn(descriptor: int, content: bytes, place: int) -> int:
+        return write(descriptor, content[: len(content) // 2] if place >= step * len(content) else content, place)
+
+    os.pwrite = torn
+
+
+def slow_steps(seconds: float) -> None:
+    """Makes every loss evaluation last, so that a signal arrives in the midst of a step."""
+    losses = zo.Objective.losses
+
+    def slowly(self, *args, **kwargs):
+        time.sleep(seconds)
+        return losses(self, *args, **kwargs)
+
+    zo.Objective.losses = slowly
+
+
+FAULTS = {f.__name__: f for f in (exit_at_storage_call, limit_file_size, full_disk_after, full_disk_in_journal, slow_steps)}
+
+
+def _child(words: list[str], log: str, fault: tuple) -> None:
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    # A forked process starts with the test runner's signal handling undone, like one from a shell.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    shrink()
+    if fault:
+        FAULTS[fault[0]](*fault[1:])
+    sys.exit(zo.main(words))
+
+
+_context = None
+
+
+def context():
+    """Processes are forked from a server that has imported everything and computed nothing."""
+    global _context
+    if _context is None:
+        _context = multiprocessing.get_context("forkserver")
+        _context.set_forkserver_preload(["heavy_imports"])
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(ROOT), *([before] if before else [])])
+        from multiprocessing import forkserver
+
+        forkserver.ensure_running()
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return _context
+
+
+class Child:
+    """The script in a process of its own; its output goes to a file."""
+
+    def __init__(self, words: list[str], log: Path, fault: tuple = ()):
+        self.log = log
+        self.process = context().Process(target=_child, args=(words, str(log), fault))
+        self.process.start()
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit code; a signal that ended it is negative."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"still running after {seconds} s: {self.output()}"
+        return self.process.exitcode
+
+    def send(self, number: int) -> None:
+        if self.process.is_alive():
+            os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        self.wait()
+
+    def output(self) -> str:
+        return self.log.read_text("utf-8") if self.log.exists() else ""
+
+    def until(self, condition, seconds: float = 120) -> None:
+        """Waits till the condition holds, or the process has ended."""
+        end = time.monotonic() + seconds
+        while self.process.is_alive() and not condition():
+            assert time.monotonic() < end, f"waited {seconds} s in vain: {self.output()}"
+            time.sleep(0.002)
+
+
+def records(log_dir: Path, size: int) -> int:
+    """Whole records in the journal of the only run, 0 before there is one."""
+    return max((path.stat().st_size // size for path in log_dir.glob("*/journal.bin")), default=0)
