@@ -99,6 +99,11 @@ else:
     datasets, safetensors, tokenizers, tqdm = map(_Lazy, ("datasets", "safetensors", "tokenizers", "tqdm"))
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 class UsageError(Exception):
     """Flags or input that can't be used: one line with what, where and what to do. Exit code 2."""
 
@@ -972,7 +977,7 @@ def token_losses(h: torch.Tensor, targets: torch.Tensor, tiles: HeadTiles, worke
     joint = wide(h.device)
     groups, tokens, _ = h.shape
     partial = torch.full((tiles.slab_count, groups, tokens), -math.inf, dtype=joint, device=h.device)
-    picked = torch.zeros(groups, tokens, dtype=joint, device=h.device)
+    picked = torch.zeros_like(partial)  # like it, a part a slab: no two workers write to one place
     step = TILE_TOKENS * (1 if h.device.type == "cpu" else TILE_SCALE_ACCELERATOR)
 
     def tile(slab_index: int, rows: slice, group: int, span: slice, weight, bias, low) -> None:
@@ -989,7 +994,7 @@ def token_losses(h: torch.Tensor, targets: torch.Tensor, tiles: HeadTiles, worke
         local = targets[group, span] - rows.start
         inside = (local >= 0) & (local < rows.stop - rows.start)
         chosen = logits.gather(1, local.clamp(0, rows.stop - rows.start - 1)[:, None])[:, 0].to(joint)
-        picked[group, span] += torch.where(inside, chosen, 0.0)
+        picked[slab_index, group, span] += torch.where(inside, chosen, 0.0)
 
     def work(slab) -> None:
         for rows, entries in tiles.weights(slab):
@@ -998,7 +1003,7 @@ def token_losses(h: torch.Tensor, targets: torch.Tensor, tiles: HeadTiles, worke
                     tile(slab[0], rows, group, slice(lo, min(tokens, lo + step)), weight, bias, low)
 
     workers.each(work, tiles.slabs)
-    return torch.where(targets == IGNORE_INDEX, 0.0, torch.logsumexp(partial, 0) - picked)
+    return torch.where(targets == IGNORE_INDEX, 0.0, torch.logsumexp(partial, 0) - picked.sum(0))
 
 
 def next_tokens(labels: torch.Tensor, groups: int) -> torch.Tensor:
@@ -1260,6 +1265,19 @@ def sequential_losses(objective: Objective, grid: Grid, batch: Batch, queries: Q
     return losses
 
 
+def untouchable_tensor() -> type:
+    """A class of tensors that show their shape, dtype and device, and refuse to be computed with."""
+
+    class Untouchable(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if getattr(function, "__name__", "") != "__get__":
+                raise CannotBatch("a parameter is used without calling the module that owns it")
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    return Untouchable
+
+
 class DenseHead(HeadTiles):
     """The output layer at W +- epsilon z_i: z is drawn once a block, for both signs; a slab belongs to one query."""
 
@@ -1298,6 +1316,8 @@ class Batched:
         self.owned = {id(tensor.parameter): tensor for tensor in tensors}
         self.directions = [queries.directions(query, tensors) for query in chosen]
         self.called: set[int] = set()
+        self.hidden: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
+        self.untouchable = untouchable_tensor()
         self.plus_minus = torch.tensor([1.0, -1.0], device=objective.device)
 
     # ---- what a perturbed parameter is -------------------------------------------------------------
@@ -1525,13 +1545,28 @@ class Batched:
 
         def stand_in(*args, **kwargs):
             self.called.add(id(module))
-            replaced = module.__dict__.pop("forward")  # functional_call must reach the module's own forward
+            self._show(module)  # functional_call must reach the module's own forward and parameters
             try:
                 return method(module, *args, **kwargs)
             finally:
-                module.forward = replaced
+                self._hide(module, stand_in)
 
         return stand_in
+
+    def _hide(self, module: torch.nn.Module, forward: Callable) -> None:
+        """Puts a stand-in before the module; whoever reaches past it for its parameters is told so."""
+        module.forward = forward
+        for name, parameter in module._parameters.items():
+            if self._perturbed(parameter):
+                module._parameters[name] = parameter.detach().as_subclass(self.untouchable)
+                self.hidden.append((module, name, parameter))
+
+    def _show(self, module: torch.nn.Module) -> None:
+        module.__dict__.pop("forward", None)
+        for owner, name, parameter in self.hidden:
+            if owner is module:
+                module._parameters[name] = parameter
+        self.hidden = [entry for entry in self.hidden if entry[0] is not module]
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -1546,11 +1581,11 @@ class Batched:
             raise CannotBatch(f"{', '.join(sorted(set(hooked)))}: its forward is replaced already")
         try:
             for module in owners:
-                module.forward = self._forward_of(module)
+                self._hide(module, self._forward_of(module))
             yield
         finally:
             for module in owners:
-                module.__dict__.pop("forward", None)
+                self._show(module)
         head = self.objective.head if self.objective.sliced else None
         missed = [type(module).__name__ for module in owners if id(module) not in self.called and module is not head]
         if missed:
@@ -1869,10 +1904,6 @@ def storing(what: Path) -> Iterator[None]:
         raise StorageError(
             f"{what}: can't be written ({reason}); what was written before is whole: free space or fix the folder, then --resume"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def flush(path: Path) -> None:

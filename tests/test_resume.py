@@ -84,15 +84,15 @@ def record(step: int, q: int = 3) -> zo.Record:
 @pytest.fixture
 def journal(tmp_path):
     """A journal of five steps with three queries: its path, and the size of a record."""
-    journal = zo.Journal(tmp_path / "journal.bin", 3)
+    journal = zo.Journal(tmp_path / "journal.bin", 3, "a run")
     for step in range(5):
         journal.append(record(step))
     journal.close()
     return journal.path, journal.dtype.itemsize
 
 
-def read(path: Path) -> zo.Journal:
-    journal = zo.Journal(path, 3)
+def read(path: Path, identity: str = "a run") -> zo.Journal:
+    journal = zo.Journal(path, 3, identity)
     journal.close()
     return journal
 
@@ -113,7 +113,7 @@ def test_a_journal_gives_back_what_was_written(journal):
 def test_a_torn_record_is_cut(journal, cut):
     path, size = journal
     path.write_bytes(path.read_bytes()[:-cut])
-    torn = zo.Journal(path, 3)
+    torn = zo.Journal(path, 3, "a run")
     assert sorted(torn.records) == [0, 1, 2, 3]
     assert torn.reach(0) == 4
     torn.close()
@@ -135,6 +135,13 @@ def test_records_that_changed_places_are_not_believed(journal):
     content = path.read_bytes()
     path.write_bytes(content[size : 2 * size] + content[:size] + content[2 * size :])
     assert sorted(read(path).records) == [2, 3, 4]
+
+
+def test_records_of_another_run_are_not_believed(journal):
+    path, _ = journal
+    other = read(path, "another run")
+    assert not other.records
+    assert other.damaged == 5
 
 
 # ---- kills -----------------------------------------------------------------------------------------------------------
@@ -394,7 +401,7 @@ def test_replay_measures_nothing(runs, stopped, monkeypatch):
 
 def change_scalars(run: Path) -> None:
     """Doubles the scalars of step 1 in a journal, with a checksum that fits."""
-    journal = zo.Journal(run / "journal.bin", harness.FLAGS["query_budget_q"])
+    journal = zo.Journal(run / "journal.bin", harness.FLAGS["query_budget_q"], zo.read_config(run).identity)
     journal.append(zo.dataclasses.replace(journal.records[1], projected_grads=2 * journal.records[1].projected_grads))
     journal.close()
 
@@ -665,7 +672,9 @@ def test_a_save_that_fails_is_never_silent(runs, stopped, monkeypatch, capsys, w
         raise (Exception if what == "tokenizer" else OSError)("No space left on device (os error 28)")
 
     if what == "optimizer":
-        monkeypatch.setattr(zo.safetensors, "save_file", failing)
+        import safetensors.torch
+
+        monkeypatch.setattr(safetensors.torch, "save_file", failing)
     else:
         import transformers
 
@@ -768,7 +777,7 @@ def test_skip_drops_a_query_and_says_so(runs, capsys, parallel):
         run = runs.train(**flags)
     log = (run / "train.log").read_text("utf-8")
     assert re.search(r"step 2, query 1: .*2 of 4 queries dropped", log)
-    journal = zo.Journal(run / "journal.bin", 4)
+    journal = zo.Journal(run / "journal.bin", 4, zo.read_config(run).identity)
     journal.close()
     assert np.isnan(journal.records[2].projected_grads).tolist() == [False, True, False, True]
     assert math.isfinite(journal.records[2].loss)
