@@ -1744,6 +1744,8 @@ def zo_gradient_estimator(
     tensors = trainable_tensors(named)
     if q < 1 or not epsilon > 0 or parallel_batch_size < 1:
         raise ValueError(f"q={q} and parallel_batch_size={parallel_batch_size} must be >= 1 and epsilon={epsilon} > 0")
+    if direction not in ("gaussian", "rademacher", "lowrank"):
+        raise ValueError(f"direction={direction!r} must be gaussian, rademacher or lowrank")
     if query_data == "distinct" and len(inputs) % q:
         raise ValueError(f"{len(inputs)} rows can't be shared out evenly to {q} queries")
     device = torch.device(device)
