@@ -291,15 +291,28 @@ def weights_are_finite(run) -> bool:
     return all(np.isfinite(array).all() for array in arrays.values())
 
 
+@pytest.mark.parametrize(("optimizer", "weight_decay"), [("sgd", 0.0), ("adam", 1e6)])
+def test_training_that_becomes_non_finite_ends_with_3(runs, capsys, optimizer, weight_decay):
+    """One line that names the step; what was saved is finite."""
+    code = runs.code(mode="FO", optimizer=optimizer, weight_decay=weight_decay, learning_rate=1e6, max_steps=6)
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 3, lines
+    assert len(lines) == 1, lines
+    assert re.match(r"error: step \d+", lines[0])
+    assert weights_are_finite(harness.only_run(runs.folder / "logs"))
+
+
 @pytest.mark.parametrize(
     "flags",
     [
+        {"learning_rate": 1e6},
+        {"learning_rate": 1e6, "max_decrease": 0},
         {"learning_rate": 1e38},
-        {"learning_rate": 1e38, "optimizer": "adam"},
-        {"learning_rate": 1e38, "optimizer": "mudamw", "mode": "FO"},
-        {"epsilon": 1e25},
+        {"learning_rate": 1e6, "optimizer": "adam", "weight_decay": 1e6},
+        {"learning_rate": 1e6, "optimizer": "mudamw", "mode": "FO"},
+        {"epsilon": 1e6},
         {"epsilon": 1e38},
-        {"epsilon": 1e38, "parallel_q_computation": True},
+        {"epsilon": 1e6, "parallel_q_computation": True},
         {"epsilon": 1e-38},
     ],
     ids=lambda flags: "-".join(str(value) for value in flags.values()),

@@ -300,7 +300,7 @@ def test_backpropagation_learns(runs):
     assert gain(runs.train(mode="FO", optimizer="adam", learning_rate=1e-2, batch_size=8, **LEARNING)) > 0.8
 
 
-@pytest.mark.parametrize("direction", ["gaussian", "lowrank"])
+@pytest.mark.parametrize("direction", [pytest.param("gaussian", marks=pytest.mark.long), "lowrank"])
 def test_zeroth_order_learns(runs, direction):
     """Many queries on a small model: a fall that the same steps with wrong scalars, below, don't come near."""
     flags = LEARNING | MANY_QUERIES
@@ -318,6 +318,7 @@ def test_wrong_scalars_do_not_learn(runs, monkeypatch):
     assert gain(runs.train(mode="ZO", optimizer="adam", direction="lowrank", learning_rate=1e-2, **flags)) < 0.05
 
 
+@pytest.mark.long
 def test_guidance_beats_calibration(runs):
     """The same backpropagations and queries: directions bent towards the last gradient go further."""
     flags = LEARNING | {"bp_interval": 5, "query_budget_q": 4, "learning_rate": 0.03, "optimizer": "sgd", "batch_size": 4}
