@@ -3,7 +3,7 @@
 As a program it measures four groups and prints each figure beside its target; under pytest the same functions assert,
 at a scale that takes a minute and a half on two cores, and nothing depends on the time.
 
-    python test_zo_optimization.py                              all groups, about six minutes on two idle cores
+    python test_zo_optimization.py                              all groups, six to nine minutes on two cores
     python test_zo_optimization.py --full --json tables.json    q = 8, 16, 32 and models up to 1B (24 GiB of memory)
     python test_zo_optimization.py --only speed --queries 8 --repetitions 9 --profile
     pytest test_zo_optimization.py
@@ -204,7 +204,9 @@ def cell(value) -> str:
         return "-"
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.1e}" if value and not 1e-3 <= abs(value) < 1e5 else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+    if value == 0:
+        return "0"
+    return f"{value:.1e}" if not 1e-3 <= abs(value) < 1e5 else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
 
 
 def print_table(title: str, about: str, rows: list[dict]) -> None:
@@ -469,6 +471,8 @@ def memory_operation(name: str, bench: Bench) -> Callable[[], None]:
         return lambda: bench.estimate(queries, MEMORY_GROUP)
     rule, _, family = name.partition(", ")
     optimizer = bench.optimizer(rule)
+    for each in optimizer.each:  # of Muon's five iterations, which need the same memory, one
+        each.param_groups[0].update({"ns_steps": 1} if "ns_steps" in each.param_groups[0] else {})
     return lambda: optimizer.apply_estimate(low if family else gaussian, scalars, 1e-9)
 
 
@@ -626,7 +630,8 @@ def equivalence_table(names: Sequence[str] = tuple(SMALL_MODELS)) -> list[dict]:
     """Both paths of every family and dtype; the largest differences over the models."""
     table = []
     for dtype, family in itertools.product(EQUIVALENCE_DTYPES, FAMILIES):
-        found = [equivalence(name, family, dtype) for name in names]
+        few = ("Llama", "GPT-2") if dtype == "bfloat16" else names  # where it is emulated, it takes its time
+        found = [equivalence(name, family, dtype) for name in names if name in few]
         row = {"dtype": dtype, "family": family, "epsilon": EQUIVALENCE_DTYPES[dtype][2]}
         row |= {key: max(figures[key] for figures in found) for key in ("loss", "c", "grouping")}
         row["weights"] = "; ".join(sorted({figures["weights"] for figures in found}))
@@ -675,7 +680,7 @@ def drift_table(count: int) -> list[dict]:
 # │ Signal to noise of c over epsilon                                                                │
 # └──────────────────────────────────────────────────────────────────────────────────────────────────┘
 
-EPSILONS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6)
+EPSILONS = (1e-1, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6)
 NOISE_ABOUT = (
     "Error of the projected gradient of {q} fixed directions, {size} model: median |c(epsilon) - c| over the deviation of c, where c is\n"
     "in float64 at epsilon 1e-5. To the left of the best epsilon bias (epsilon^2), to the right rounding (1/epsilon). new: initial\n"
@@ -715,7 +720,7 @@ def noise_rows(model: torch.nn.Module, state: str, q: int, rows: int, tokens: in
     return list(found.values())
 
 
-def noise_table(size: str, q: int, rows: int = 4, tokens: int = 64, epsilons: Sequence[float] = EPSILONS) -> list[dict]:
+def noise_table(size: str, q: int, rows: int = 2, tokens: int = 32, epsilons: Sequence[float] = EPSILONS) -> list[dict]:
     """The error of c at initial weights and at trained ones."""
     model = sized_model(size)
     table = noise_rows(model, "new", q, rows, tokens, epsilons)
@@ -923,7 +928,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "equivalence" in asked.only:
         show("equivalence", "Equivalence", EQUIVALENCE_ABOUT, equivalence_table())
         show("drift", "Drift", DRIFT_ABOUT.format(count=1000), drift_table(1000))
-        size, q = ("20M", 16) if asked.full else ("tiny", 16)
+        size, q = ("20M", 8) if asked.full else ("tiny", 12)
         noise = noise_table(size, q)
         show("signal to noise", "Error of c over epsilon", NOISE_ABOUT.format(q=q, size=size), noise)
         show("best epsilon", "Best epsilon", "The least error of each column above.", best_epsilons(noise))
@@ -1401,6 +1406,7 @@ def test_out_of_memory_halves_the_group(home, monkeypatch):
     def short_of_memory(objective, tensors, batch, queries, group=0, grid=None):
         if group == 4:
             failures.append(group)
+            assert len(failures) == 1, "4 queries are tried again"
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory")
         return whole(objective, tensors, batch, queries, group, grid)
 

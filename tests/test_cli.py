@@ -354,3 +354,10 @@ def test_errors_of_the_program_itself_are_not_hidden(runs, monkeypatch):
     monkeypatch.setattr(zo.Objective, "losses", broken)
     with pytest.raises(RuntimeError, match="a mistake"):
         runs.code()
+
+
+def test_epsilon_follows_the_dtype_unless_it_is_given():
+    for words, epsilon in (([], 1e-3), (["--dtype", "bfloat16"], 3e-3), (["--dtype", "bfloat16", "--epsilon", "1e-3"], 1e-3)):
+        config, given = zo.parse_config(words)
+        assert config.epsilon == epsilon
+        assert ("epsilon" in given) == ("--epsilon" in words)
