@@ -344,7 +344,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="reproduce_zo_paper.py",
         description=__doc__.split("\n\n")[0],
-        epilog="Exit codes: 0 done, 1 unexpected, 2 bad usage or input, 3 training became non-finite, 4 storage, 130 interrupted.",
+        epilog="Exit codes: 0 done, 1 unexpected, 2 bad usage or input, 3 training became non-finite, 4 storage, 130 or 143 stopped.",
         allow_abbrev=False,
     )
     groups: dict[str, argparse._ArgumentGroup] = {}
@@ -359,8 +359,9 @@ def build_parser() -> Parser:
         else:
             kinds = {"int": "N", "float": "X"}
             metavar = "|".join(about["choices"]) if "choices" in about else kinds.get(field.type.split()[0], "TEXT")
+            metavar += "|auto" if "parse" in about else ""
             text = text.replace("%", "%%")
-            group.add_argument(f"--{field.name}", metavar=metavar, nargs="?", const=NO_VALUE, help=text)
+            group.add_argument(f"--{field.name}", metavar=metavar, help=text)
     return parser
 
 
@@ -399,20 +400,21 @@ def nearest(word: str, known: Iterable[str]) -> str:
 # Flags that may differ when a run goes on, since they do not shape its result; and those that are not part of a run.
 FREE_FLAGS = {
     *("log_interval", "eval_interval", "save_interval", "keep_checkpoints", "num_threads", "epochs", "max_steps"),
-    *("log_dir", "debug", "cache_dir", "on_nonfinite"),
+    *("log_dir", "debug", "cache_dir", "on_nonfinite", "parallel_batch_size"),
 }
 ACTIONS = ("resume", "replay", "replay_step")
 
 
-def joined_numbers(argv: Sequence[str]) -> Iterator[str]:
-    """--flag -1e-3 as --flag=-1e-3: argparse takes the number for a flag."""
-    words = iter([*argv, ""])
-    word = next(words)
-    for after in words:
-        if word.startswith("--") and "=" not in word and after.startswith("-") and is_number(after):
-            word, after = f"{word}={after}", next(words, "")
+def with_values(argv: Sequence[str]) -> Iterator[str]:
+    """--flag value as --flag=value: argparse would take -1e-3 for a flag, and stop at the first value that is missing."""
+    takes_value = {f"--{field.name}" for field in dataclasses.fields(Config) if field.type != "bool"}
+    words = collections.deque(argv)
+    while words:
+        word = words.popleft()
+        if word in takes_value:
+            given = words and (not words[0].startswith("-") or is_number(words[0]))
+            word = f"{word}={words.popleft() if given else NO_VALUE}"
         yield word
-        word = after
 
 
 def is_number(text: str) -> bool:
@@ -429,7 +431,7 @@ def parse_config(argv: Sequence[str]) -> tuple[Config, set[str]]:
     UsageError has a line for every fault, found before anything heavy is imported.
     """
     parser = build_parser()
-    known, unknown = parser.parse_known_args(list(joined_numbers(argv)))
+    known, unknown = parser.parse_known_args(list(with_values(argv)))
     flags = [f"--{field.name}" for field in dataclasses.fields(Config)]
     faults, faulty = [], set()
     for before, word in zip(["", *unknown], unknown):
@@ -505,6 +507,7 @@ def useless_flags(config: Config, given: set[str]) -> list[str]:
         "min_lr": (config.use_lr_scheduler, "--use_lr_scheduler"),
         "guide_cosine": (config.mode == "Instruct", "--mode Instruct"),
         "rank": (config.direction in ("lowrank", "aligned"), "--direction lowrank or aligned"),
+        "max_decrease": (config.optimizer == "sgd" and config.uses_queries, "--optimizer sgd and a mode with queries"),
     }
     return [f"--{name}: has no effect without {other}" for name, (used, other) in uses.items() if name in given and not used]
 
@@ -987,9 +990,10 @@ def token_losses(h: torch.Tensor, targets: torch.Tensor, tiles: HeadTiles, worke
     def tile(slab_index: int, rows: slice, group: int, span: slice, weight, bias, low) -> None:
         piece = h[group, span]
         logits = workers.scratch("tile", (len(piece), rows.stop - rows.start), h.dtype)
-        torch.mm(piece, weight.to(h.dtype).T, out=logits)
-        if low is not None:
-            logits.addmm_(low[0][span], low[1].T)
+        if low is None:
+            torch.mm(piece, weight.to(h.dtype).T, out=logits)
+        else:  # low rank first: the product that follows adds to it for nothing
+            torch.mm(low[0][span], low[1].T, out=logits).addmm_(piece, weight.to(h.dtype).T)
         if bias is not None:
             logits.add_(bias)
         logits = full_precision(logits)
@@ -1392,17 +1396,18 @@ class Batched:
 
     def _low_rank_linear(self, tensor: Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         left, right = self.stacked_factors(tensor, x.dtype)
-        inner = self.signed(torch.matmul(x, right[:, None]))
         weight = tensor.matrix.to(x.dtype)
         if self.workers.count == 1:
             y = torch.nn.functional.linear(x, weight, bias)
+            inner = self.signed(torch.matmul(x, right[:, None]))
             y.view(self.count, -1, tensor.rows).baddbmm_(inner.view(self.count, -1, inner.shape[-1]), left.mT)
             return y
         y = x.new_empty(*x.shape[:-1], tensor.rows)
 
-        def work(group: tuple[int, int]) -> None:  # a group's output is still in the cache when its low rank is added
-            torch.mm(x[group], weight.T, out=y[group])
-            y[group].addmm_(inner[group], left[group[0]].T)
+        def work(group: tuple[int, int]) -> None:  # low rank first: the product that follows adds to it for nothing
+            query, sign = group
+            inner = torch.mm(x[group], right[query]).mul_(-self.epsilon if sign else self.epsilon)
+            torch.mm(inner, left[query].T, out=y[group]).addmm_(x[group], weight.T)
             if bias is not None:
                 y[group].add_(bias)
 
@@ -2407,7 +2412,7 @@ class Journal:
     """journal.bin: one fixed record a step, written before the step is applied; each carries its own checksum.
 
     The record of step n lies at n times its size, so one that is torn or damaged costs itself alone: it is not in
-    `records`, and its step is measured again.
+    `records`, and its step is measured again. A killed process loses none; a power cut, those of the last second.
     """
 
     def __init__(self, path: Path, q: int, identity: str):
@@ -2422,6 +2427,7 @@ class Journal:
         rows = np.frombuffer(raw[: len(raw) // size * size], self.dtype)
         self.records = {int(row["step"]): self._record(row) for place, row in enumerate(rows) if self._holds(row, place)}
         self.damaged = len(rows) - len(self.records)
+        self.flushed = time.monotonic()
 
     def _holds(self, row: np.void, place: int) -> bool:
         return row["step"] == place and row["checksum"] == self._checksum(row)
@@ -2445,6 +2451,9 @@ class Journal:
         with storing(self.path):
             if os.pwrite(self.file, row.tobytes(), record.step * self.dtype.itemsize) != self.dtype.itemsize:
                 raise OSError(errno.ENOSPC, "a record was written in part")
+            if time.monotonic() - self.flushed > 1:
+                os.fsync(self.file)
+                self.flushed = time.monotonic()
         self.records[record.step] = record
 
     def reach(self, start: int) -> int:
@@ -3273,7 +3282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if debug or not is_out_of_memory(error):
             raise
-        advice = "lower --parallel_batch_size, --batch_size, --block_size or --model_size, or use --optimizer sgd"
+        advice = "start a run with a lower --batch_size, --block_size or --model_size, or with --optimizer sgd"
         print(f"error: out of memory ({first_line(error)}); {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -142,6 +142,8 @@ def faults(errors, tmp_path):
             r"--batch_size 4.*--query_budget_q 3",
         ),
         (["--rank", "2", "--direction", "gaussian"], r"--rank: .*lowrank"),
+        (["--max_decrease", "0.1", "--optimizer", "adam"], r"--max_decrease: .*--optimizer sgd"),
+        (["--max_decrease", "0.1", "--mode", "FO"], r"--max_decrease: .*queries"),
         (["--tokenizer", "bpe:10"], r"--tokenizer bpe:10: "),
         (["--tokenizer", "bpe:many"], r"--tokenizer bpe:many: "),
         (["--run_name", "a/b"], r"--run_name 'a/b': "),
@@ -173,7 +175,7 @@ def test_every_fault_is_reported_at_once(faults):
     assert len(lines) == 10
 
 
-@pytest.mark.parametrize("words", [["--epsilon"], ["--epsilon", "-1e-3"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["--epsilon"], ["--epsilon", "--use_lr_scheduler"], ["--epsilon", "-1e-3"]], ids=" ".join)
 def test_a_missing_value_hides_no_other_fault(faults, words):
     lines = faults("--query_budget_q", "0", *words)
     assert any("--query_budget_q 0" in line for line in lines), lines
@@ -334,7 +336,7 @@ def test_out_of_memory_says_which_flags_to_lower(runs, capsys, monkeypatch):
     assert runs.code() == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
-    for name in ("--parallel_batch_size", "--batch_size", "--block_size", "--model_size"):
+    for name in ("--batch_size", "--block_size", "--model_size", "--optimizer sgd"):
         assert name in error
 
 

@@ -319,6 +319,13 @@ def test_flags_that_do_not_shape_the_result_are_free(runs, stopped, free):
     assert zo.read_config(stopped).max_steps == 8
 
 
+def test_the_grouping_of_queries_is_free(runs):
+    whole = runs.train("whole", parallel_q_computation=True, parallel_batch_size=2, max_steps=6)
+    run = runs.train(parallel_q_computation=True, parallel_batch_size=2, max_steps=4)
+    assert runs.resume(run, parallel_batch_size=1, max_steps=6) == 0
+    assert set(harness.differences(whole, run)) <= {"metrics.csv"}  # which has a validation after step 4, too
+
+
 def test_a_schedule_fixes_the_number_of_steps(runs, capsys):
     run = runs.train(use_lr_scheduler=True)
     capsys.readouterr()
