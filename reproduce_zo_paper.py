@@ -236,6 +236,13 @@ class Config:
         "leading directions of each layer's inputs, learns in far fewer forward passes (one more a step)",
         choices=("gaussian", "rademacher", "lowrank", "aligned"),
     )
+    head: str = flag(
+        "estimated",
+        "Zeroth order",
+        "the output layer's gradient (with it the tied embedding's). estimated: by the queries. closed_form: exactly, from "
+        "the logits of one forward pass and without backpropagation, into an AdamW of its own; queries are for the rest",
+        choices=("estimated", "closed_form"),
+    )
     rank: int = flag(1, "Zeroth order", "rank r of --direction lowrank or aligned", least=1)
     query_data: str = flag(
         "shared",
@@ -258,6 +265,7 @@ class Config:
         choices=("sgd", "adam", "mudamw"),
     )
     learning_rate: float = flag(1e-3, "Optimization", "step size (peak, with a scheduler)")
+    head_learning_rate: float = flag(3e-3, "Optimization", "step size of --head closed_form, on the same schedule")
     max_decrease: float = flag(
         0.05,
         "Optimization",
@@ -464,6 +472,14 @@ def range_faults(config: Config) -> list[str]:
     checks = [
         (0 < config.epsilon <= 1e6, f"--epsilon {config.epsilon:g}: must be above 0, and 1e6 at most"),
         (0 < config.learning_rate <= 1e6, f"--learning_rate {config.learning_rate:g}: must be above 0, and 1e6 at most"),
+        (
+            0 < config.head_learning_rate <= 1e6,
+            f"--head_learning_rate {config.head_learning_rate:g}: must be above 0, and 1e6 at most",
+        ),
+        (
+            config.head == "estimated" or config.mode == "ZO",
+            f"--head closed_form: only --mode ZO has it; the backpropagations of {config.mode} give this gradient anyway",
+        ),
         (0 <= config.min_lr <= config.learning_rate, f"--min_lr {config.min_lr:g}: must be from 0 to the learning rate"),
         (config.max_decrease >= 0, f"--max_decrease {config.max_decrease:g}: must be at least 0"),
         (0 <= config.weight_decay <= 1e6, f"--weight_decay {config.weight_decay:g}: must be from 0 to 1e6"),
@@ -507,6 +523,7 @@ def useless_flags(config: Config, given: set[str]) -> list[str]:
         "min_lr": (config.use_lr_scheduler, "--use_lr_scheduler"),
         "guide_cosine": (config.mode == "Instruct", "--mode Instruct"),
         "rank": (config.direction in ("lowrank", "aligned"), "--direction lowrank or aligned"),
+        "head_learning_rate": (config.head == "closed_form", "--head closed_form"),
         "max_decrease": (config.optimizer == "sgd" and config.uses_queries, "--optimizer sgd and a mode with queries"),
     }
     return [f"--{name}: has no effect without {other}" for name, (used, other) in uses.items() if name in given and not used]
@@ -975,8 +992,10 @@ def full_precision(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def token_losses(h: torch.Tensor, targets: torch.Tensor, tiles: HeadTiles, workers: Workers) -> torch.Tensor:
-    """Negative log-likelihood of each target, float64 [G, S]; 0 where the target is IGNORE_INDEX.
+def log_normalizers(
+    h: torch.Tensor, targets: torch.Tensor, tiles: HeadTiles, workers: Workers
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log sum exp of each token's logits, and the logit of its target (0 for IGNORE_INDEX), float64 [G, S].
 
     h [G, S, n] in the compute dtype, targets int64 [G, S]. log sum exp runs over tiles of the vocabulary and is joined
     in float64 in a fixed order, so the result does not depend on the workers.
@@ -1011,7 +1030,44 @@ def token_losses(h: torch.Tensor, targets: torch.Tensor, tiles: HeadTiles, worke
                     tile(slab[0], rows, group, slice(lo, min(tokens, lo + step)), weight, bias, low)
 
     workers.each(work, tiles.slabs)
-    return torch.where(targets == IGNORE_INDEX, 0.0, torch.logsumexp(partial, 0) - picked.sum(0))
+    return torch.logsumexp(partial, 0), picked.sum(0)
+
+
+def token_losses(h: torch.Tensor, targets: torch.Tensor, tiles: HeadTiles, workers: Workers) -> torch.Tensor:
+    """Negative log-likelihood of each target, float64 [G, S]; 0 where the target is IGNORE_INDEX."""
+    normalizer, picked = log_normalizers(h, targets, tiles, workers)
+    return torch.where(targets == IGNORE_INDEX, 0.0, normalizer - picked)
+
+
+def head_gradient(h: torch.Tensor, targets: torch.Tensor, tiles: HeadTiles, workers: Workers) -> torch.Tensor:
+    """The gradient of the mean loss in the output layer's weight, [V, n] in its dtype: sum_t (p_t - y_t) h_t^T / N.
+
+    Exact and without backpropagation, since the logits are linear in this weight: softmax p less one-hot target y, at
+    each of the N tokens that are predicted, times its hidden state. h [1, S, n], targets int64 [1, S]; tile by tile.
+    """
+    out = torch.zeros_like(tiles.head.weight, requires_grad=False)
+    normalizer = log_normalizers(h, targets, tiles, workers)[0][0].to(out.dtype)
+    counted = targets[0] != IGNORE_INDEX
+    share = counted.to(out.dtype) / counted.sum()
+    step = TILE_TOKENS * (1 if h.device.type == "cpu" else TILE_SCALE_ACCELERATOR)
+
+    def tile(rows: slice, span: slice, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        logits = full_precision(torch.mm(h[0, span], weight.to(h.dtype).T))
+        if bias is not None:
+            logits.add_(bias)
+        error = logits.sub_(normalizer[span, None]).exp_()
+        local = targets[0, span] - rows.start
+        inside = torch.where((local >= 0) & (local < rows.stop - rows.start))[0]
+        error[inside, local[inside]] -= 1.0
+        out[rows].addmm_(error.mul_(share[span, None]).T.to(out.dtype), h[0, span].to(out.dtype))
+
+    def work(slab) -> None:
+        for rows, [(_, weight, bias, _)] in tiles.weights(slab):
+            for lo in range(0, h.shape[1], step):
+                tile(rows, slice(lo, min(h.shape[1], lo + step)), weight, bias)
+
+    workers.each(work, tiles.slabs)
+    return out
 
 
 def next_tokens(labels: torch.Tensor, groups: int) -> torch.Tensor:
@@ -1078,9 +1134,12 @@ class Objective:
         """Last hidden states, [N, T, n]."""
         return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
-    def input_bases(self, input_ids: torch.Tensor, tensors: list[Tensor], rank: int, seed: int) -> dict[int, torch.Tensor]:
-        """By one plain forward pass: for every trainable matrix of a linear layer, the leading directions [n, rank] of
-        its inputs. A tied embedding is seen as the output layer that it also is.
+    def inputs(
+        self, input_ids: torch.Tensor, tensors: list[Tensor], rank: int, seed: int
+    ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+        """By one plain forward pass: for every matrix of a linear layer among `tensors`, the leading directions [n, rank]
+        of its inputs; and the inputs of the output layer, [1, R*(T-1), n]. A tied embedding is seen as the output layer
+        that it also is.
         """
         index = {id(tensor.parameter): tensor.index for tensor in tensors}
         bases: dict[int, torch.Tensor] = {}
@@ -1093,13 +1152,18 @@ class Objective:
         hooks = [module.register_forward_pre_hook(look) for module in linear if module is not self.head]
         try:
             with torch.no_grad(), self.quiet():
-                h = self.hidden(input_ids)
+                h = self.hidden(input_ids)[:, :-1].flatten(0, 1)[None]
                 if id(self.head.weight) in index:
-                    look(self.head, (h[:, :-1],))
+                    look(self.head, (h,))
         finally:
             for hook in hooks:
                 hook.remove()
-        return bases
+        return bases, h.to(self.compute_dtype or h.dtype)
+
+    def head_gradient(self, h: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The output layer's gradient [V, n] at its inputs h [1, R*(T-1), n], see the function of that name."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return head_gradient(h, next_tokens(labels, 1), HeadTiles(self.head, 1, self.scale), self.workers)
 
     def losses(
         self, input_ids: torch.Tensor, labels: torch.Tensor, groups: int = 1, batched: Batched | None = None
@@ -1857,7 +1921,7 @@ class Optimizer:
         return {f"{t.name}/{key}": value for t, o in pairs for key, value in o.state[t.parameter].items()}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes back what `state` gave; ValueError where it is another optimizer's or model's."""
+        """Takes what `state` gave out of a state; ValueError where it is of another shape."""
         for tensor, optimizer in zip(self.tensors, self.each):
             own = {name: value for name, value in state.items() if name.rpartition("/")[0] == tensor.name}
             if any(value.ndim and value.shape != tensor.parameter.shape for value in own.values()):
@@ -1868,8 +1932,6 @@ class Optimizer:
                 optimizer.state[tensor.parameter] = entries
             for name in own:
                 del state[name]
-        if state:
-            raise ValueError(f"state of unknown tensors: {', '.join(sorted(state)[:3])}")
 
 
 def estimator_norm(projected_grads: np.ndarray, dimension: int, gain: float) -> float:
@@ -2202,6 +2264,20 @@ class Corpus:
         count = self.about["tokens"][split]
         dtype = np.dtype(self.about["dtype"])
         return np.memmap(self.folder / f"{split}.bin", dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
+
+    @functools.cached_property
+    def frequencies(self) -> np.ndarray:
+        """How often each token occurs among the training tokens, int64 [vocabulary]."""
+        counts = np.zeros(len(self.tokenizer), np.int64)
+        for lo in range(0, len(self.train), 1 << 24):
+            counts += np.bincount(self.train[lo : lo + (1 << 24)], minlength=len(counts))
+        return counts
+
+    def unigram_loss(self) -> float:
+        """The validation loss, in nats, of a model that only knows how frequent each token is (in training, plus one)."""
+        predicted = self.sequences(self.validation, self.validation_rows)[:, 1:].cpu().numpy()
+        counts = self.frequencies + 1.0
+        return float(-np.log(counts / counts.sum())[predicted].mean())
 
     def sequences(self, tokens: np.ndarray, rows: np.ndarray) -> torch.Tensor:
         """Token blocks by number, int64 [rows, block_size]."""
@@ -2757,7 +2833,7 @@ class Progress:
             self.bar.close()
 
 
-def draw_loss(run: RunDirectory) -> Path | None:
+def draw_loss(run: RunDirectory, unigram: float) -> Path | None:
     """loss.png: training and validation loss against steps and against forward tokens; None before the first step."""
     if len(run.rows) < 2:
         return None
@@ -2767,6 +2843,7 @@ def draw_loss(run: RunDirectory) -> Path | None:
         for name, style in (("loss", {"alpha": 0.5, "lw": 1}), ("val_loss", {"marker": "o", "ms": 3})):
             points = [(float(row[column]), float(row[name])) for row in run.rows if row[name]]
             panel.plot(*zip(*points), label={"loss": "training", "val_loss": "validation"}[name], **style)
+        panel.axhline(unigram, color="gray", ls="--", lw=1, label="unigram")
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("loss (nats per token)")
@@ -2811,12 +2888,21 @@ class Trainer:
         self.device = workers.device
         compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
         self.objective = Objective(model, workers, compute_dtype)
-        self.tensors = choose_scope(model, config.scope)
+        trained = choose_scope(model, config.scope)
+        exact = [self.objective.head.weight] if config.head == "closed_form" else []
+        if exact and not self.objective.sliced:
+            raise UsageError("--head closed_form: this model's logits are not its output layer applied to its hidden states")
+        self.tensors, self.exact = (
+            trainable_tensors((t.name, t.parameter) for t in trained if any(t.parameter is p for p in exact) == closed)
+            for closed in (False, True)
+        )
         self.dimension = sum(tensor.parameter.numel() for tensor in self.tensors)
         outer = outer_parameters(model)
         self.optimizer = Optimizer(config.optimizer, self.tensors, config.weight_decay, outer, workers)
+        self.exact_optimizer = Optimizer("adam", self.exact, config.weight_decay, outer, workers)
         self.group = query_group(config, self.device)
         self.guide: list[torch.Tensor] | None = None
+        self.unigram = corpus.unigram_loss()
         self.row_scale = self._row_scale() if config.direction == "aligned" else {}
         self.total = config.max_steps or config.epochs * corpus.blocks // config.batch_size
         self.before = float(run.rows[-1]["seconds"]) if run.rows else 0.0
@@ -2837,17 +2923,15 @@ class Trainer:
             return steps * batch, 3 * steps * batch
         backward = -(-steps // config.bp_interval) if config.bp_interval else 0
         evaluations = 2 * (1 if config.query_data == "distinct" else config.query_budget_q)
-        evaluations += config.direction == "aligned"  # the pass that shows the layers' inputs
+        evaluations += config.direction == "aligned" or config.head == "closed_form"  # the pass that shows layers' inputs
+        evaluations += config.head == "closed_form"  # for the products of the head's gradient, which cost less than a pass
         return steps * batch, (3 * backward + evaluations * (steps - backward)) * batch
 
     def _row_scale(self) -> dict[int, torch.Tensor]:
         """Rows of the output layer (with it, of a tied embedding) by their token's frequency to the power 1/4, of mean
         square 1: the gradient's rows are about as large as their tokens are frequent.
         """
-        counts = np.zeros(len(self.corpus.tokenizer), np.int64)
-        for lo in range(0, len(self.corpus.train), 1 << 24):
-            counts += np.bincount(self.corpus.train[lo : lo + (1 << 24)], minlength=len(counts))
-        scale = torch.tensor((counts + 1.0) ** 0.25, dtype=torch.float32, device=self.device)
+        scale = torch.tensor((self.corpus.frequencies + 1.0) ** 0.25, dtype=torch.float32, device=self.device)
         scale /= scale.square().mean().sqrt()
         head = self.objective.head.weight
         return {tensor.index: scale for tensor in self.tensors if tensor.parameter is head}
@@ -2862,27 +2946,41 @@ class Trainer:
     def _guided(self, family: Isotropic | Aligned) -> Isotropic | Aligned | Guided:
         return family if self.guide is None else Guided(family, self.guide, self.config.guide_cosine)
 
-    def queries(self, step: int) -> Queries:
-        """What a step asks: aligned with the inputs of its own batch, guided by the last true gradient in Instruct."""
-        config = self.config
-        if config.direction == "aligned":
-            bases = self.objective.input_bases(self.corpus.batch(step), self.tensors, config.rank, config.seed)
-            family = Aligned(config.rank, bases, self.row_scale)
-        else:
-            family = Isotropic(config.direction, config.rank)
-        return Queries(self._guided(family), config.seed, step, config.query_budget_q, config.epsilon)
+    def queries(self, step: int) -> tuple[Queries, torch.Tensor | None]:
+        """What a step asks: aligned with the inputs of its own batch, guided by the last true gradient in Instruct. And
+        the output layer's inputs, where its gradient is to be had in closed form.
+        """
+        config, h = self.config, None
+        family = Isotropic("gaussian" if config.direction == "aligned" else config.direction, config.rank)
+        if config.direction == "aligned" or self.exact:
+            wanted = self.tensors if config.direction == "aligned" else []
+            bases, h = self.objective.inputs(self.corpus.batch(step), wanted, config.rank, config.seed)
+            if wanted:
+                family = Aligned(config.rank, bases, self.row_scale)
+        return Queries(self._guided(family), config.seed, step, config.query_budget_q, config.epsilon), h
 
     def step(self, step: int, known: Record | None, commit: Callable[[Record], None]) -> Record:
         """One step: measures (or takes what is `known` from the journal), commits the record, then updates."""
-        rate = known.learning_rate if known is not None else scheduled_rate(self.config, step, self.total)
+        schedule = scheduled_rate(self.config, step, self.total)
+        rate = known.learning_rate if known is not None else schedule
         grid = self.settle(step)
         if self.config.backpropagates(step):
             return self._backpropagate(step, rate, commit)
-        queries = self.queries(step)
+        queries, h = self.queries(step)
         record = known if known is not None else self._measure(queries, rate, grid)
+        exact = self._exact_gradient(step, h) if self.exact else []
         commit(record)
         self.optimizer.apply_estimate(queries, record.projected_grads, record.learning_rate)
+        head_rate = self.config.head_learning_rate * schedule / self.config.learning_rate
+        self.exact_optimizer.apply_gradient(exact, head_rate)
         return record
+
+    def _exact_gradient(self, step: int, h: torch.Tensor) -> list[torch.Tensor]:
+        gradient = self.objective.head_gradient(h, self.corpus.batch(step))
+        norm = torch.linalg.vector_norm(gradient).item()
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"step {step}: the output layer's gradient is {norm}; {LOWER_RATE}")
+        return [gradient]
 
     def settle(self, step: int) -> Grid | None:
         """Puts the weights on their grid, where queries are used; every step begins so, and every checkpoint is on it."""
@@ -2954,7 +3052,7 @@ class Trainer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds beside the weights: the optimizers' state and the guide."""
-        state = self.optimizer.state()
+        state = self.optimizer.state() | self.exact_optimizer.state()
         if self.guide is not None:
             state |= {f"guide/{tensor.name}": part.contiguous() for tensor, part in zip(self.tensors, self.guide)}
         return state
@@ -2979,6 +3077,9 @@ class Trainer:
             if all(part is not None for part in guide):
                 self.guide = [part.to(self.device) for part in guide]
             self.optimizer.load(state)
+            self.exact_optimizer.load(state)
+            if state:
+                raise ValueError(f"state of unknown tensors: {', '.join(sorted(state)[:3])}")
         except (KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise UsageError(f"{folder}: does not fit this run ({first_line(error)})") from error
 
@@ -3014,22 +3115,26 @@ def opening_lines(trainer: Trainer) -> list[str]:
     """What a run says at its start."""
     config, corpus = trainer.config, trainer.corpus
     about, whole = corpus.about, sum(parameter.numel() for parameter in trainer.model.parameters())
+    trained = sum(tensor.parameter.numel() for tensor in trainer.tensors + trainer.exact)
     threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
     steps = f"steps: {trainer.total} of {config.batch_size} x {config.block_size} tokens"
     _, forward = trainer.tokens_seen(trainer.total)
     lines = [
         f"run directory {trainer.run.path}",
         f"device: {trainer.device}{threads}, computing in {config.dtype}, weights in float32",
-        f"model: Llama {config.model_size}, {count(whole)} parameters, {count(trainer.dimension)} trained (scope {config.scope})",
+        f"model: Llama {config.model_size}, {count(whole)} parameters, {count(trained)} trained (scope {config.scope})",
         f"data: {config.dataset}, {sum(about['documents'].values())} documents, {count(about['tokens']['train'])} training tokens "
         f"in {corpus.blocks} sequences, {len(corpus.validation_rows)} validation sequences used; tokenizer "
         f"{config.tokenizer_name}, {len(corpus.tokenizer)} tokens",
         f"{steps}, {count(forward)} tokens through forward passes in all",
+        f"unigram: knowing only how frequent tokens are gives validation loss {trainer.unigram:.4f}",
     ]
     if config.uses_queries:
         how = f"{trainer.group} in one forward pass" if trainer.group else "one after the other, in place"
         lines.append(f"queries: {config.query_budget_q} a step, {config.direction}, {config.query_data} data, {how}")
         lines.append(theory_line(config.query_budget_q, trainer.dimension))
+    if trainer.exact:
+        lines.append(f"head: gradient in closed form, AdamW at {config.head_learning_rate:g}; the queries are for the rest")
     if config.mode == "Instruct":
         lines.append(f"guide: one gradient is kept, {trainer.dimension * 4 / 2**20:.1f} MiB")
     warning = rate_warning(config, trainer.dimension)
@@ -3041,6 +3146,7 @@ def check_space(trainer: Trainer) -> None:
     config = trainer.config
     copies = {"sgd": 1, "adam": 3, "mudamw": 3}[config.optimizer] + (config.mode == "Instruct")
     each = 4 * copies * sum(parameter.numel() for parameter in trainer.model.parameters())
+    each += 8 * sum(tensor.parameter.numel() for tensor in trainer.exact)
     due = min(config.keep_checkpoints + 1, 1 + trainer.total // config.save_interval)
     due -= min(due, len(trainer.run.checkpoint_folders()))  # those of an earlier sitting make room
     free = shutil.disk_usage(trainer.run.path).free
@@ -3120,6 +3226,9 @@ def loop(trainer: Trainer, journal: Journal, start: int, stop: Stop) -> int:
         if done in rows_there or not (validated or done % config.log_interval == 0):
             return None
         row = metrics_row(trainer, record, done, validation_loss(trainer.objective, trainer.corpus) if validated else None)
+        below = validated and float(row["val_loss"]) < trainer.unigram
+        if below and not any(float(earlier["val_loss"] or math.inf) < trainer.unigram for earlier in run.rows):
+            run.say(f"step {done}: validation loss {float(row['val_loss']):.4f}, below the unigram loss for the first time")
         run.add_row(row)
         rows_there.add(done)
         return row
@@ -3148,7 +3257,7 @@ def loop(trainer: Trainer, journal: Journal, start: int, stop: Stop) -> int:
         progress.close()
     account(done, journal.records.get(done - 1))  # there already, unless metrics.csv was damaged
     checkpoint = trainer.save(done)
-    picture = draw_loss(run)
+    picture = draw_loss(run, trainer.unigram)
     if done < total:
         run.say(f"stopped after step {done}; go on with: python {Path(__file__).name} --resume {run.path}")
         return 128 + stop.signal

@@ -1429,7 +1429,7 @@ def test_out_of_memory_at_one_query_says_what_to_lower(home, monkeypatch, capsys
     said = capsys.readouterr()
     assert code == 2
     assert "now one query after the other" in said.out
-    assert "--parallel_batch_size" in said.err
+    assert "--batch_size" in said.err
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(home, monkeypatch):
