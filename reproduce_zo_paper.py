@@ -992,6 +992,28 @@ def full_precision(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def token_spans(h: torch.Tensor) -> list[slice]:
+    """Slices of the S tokens of h [G, S, n], a tile's worth each."""
+    size = TILE_TOKENS * (1 if h.device.type == "cpu" else TILE_SCALE_ACCELERATOR)
+    return [slice(lo, min(h.shape[1], lo + size)) for lo in range(0, h.shape[1], size)]
+
+
+def tile_logits(h: torch.Tensor, weight: torch.Tensor, bias, low, workers: Workers) -> torch.Tensor:
+    """h [S, n] times weight [v, n] transposed, plus bias [v] and low = (t [S, r], a [v, r]) if any: [S, v], in scratch."""
+    logits = workers.scratch("tile", (len(h), len(weight)), h.dtype)
+    if low is None:
+        torch.mm(h, weight.to(h.dtype).T, out=logits)
+    else:  # low rank first: the product that follows adds to it for nothing
+        torch.mm(low[0], low[1].T, out=logits).addmm_(h, weight.to(h.dtype).T)
+    return full_precision(logits if bias is None else logits.add_(bias))
+
+
+def inside_tile(targets: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which targets [S] lie among these rows of the vocabulary, bool, and where from the first row on."""
+    local = targets - rows.start
+    return (local >= 0) & (local < rows.stop - rows.start), local
+
+
 def log_normalizers(
     h: torch.Tensor, targets: torch.Tensor, tiles: HeadTiles, workers: Workers
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1001,33 +1023,23 @@ def log_normalizers(
     in float64 in a fixed order, so the result does not depend on the workers.
     """
     joint = wide(h.device)
-    groups, tokens, _ = h.shape
-    partial = torch.full((tiles.slab_count, groups, tokens), -math.inf, dtype=joint, device=h.device)
+    partial = torch.full((tiles.slab_count, *targets.shape), -math.inf, dtype=joint, device=h.device)
     picked = torch.zeros_like(partial)  # like it, a part a slab: no two workers write to one place
-    step = TILE_TOKENS * (1 if h.device.type == "cpu" else TILE_SCALE_ACCELERATOR)
 
     def tile(slab_index: int, rows: slice, group: int, span: slice, weight, bias, low) -> None:
-        piece = h[group, span]
-        logits = workers.scratch("tile", (len(piece), rows.stop - rows.start), h.dtype)
-        if low is None:
-            torch.mm(piece, weight.to(h.dtype).T, out=logits)
-        else:  # low rank first: the product that follows adds to it for nothing
-            torch.mm(low[0][span], low[1].T, out=logits).addmm_(piece, weight.to(h.dtype).T)
-        if bias is not None:
-            logits.add_(bias)
-        logits = full_precision(logits)
+        low = None if low is None else (low[0][span], low[1])
+        logits = tile_logits(h[group, span], weight, bias, low, workers)
         joined = partial[slab_index, group, span]
         torch.logaddexp(joined, torch.logsumexp(logits, 1).to(joint), out=joined)
-        local = targets[group, span] - rows.start
-        inside = (local >= 0) & (local < rows.stop - rows.start)
+        inside, local = inside_tile(targets[group, span], rows)
         chosen = logits.gather(1, local.clamp(0, rows.stop - rows.start - 1)[:, None])[:, 0].to(joint)
         picked[slab_index, group, span] += torch.where(inside, chosen, 0.0)
 
     def work(slab) -> None:
         for rows, entries in tiles.weights(slab):
             for group, weight, bias, low in entries:
-                for lo in range(0, tokens, step):
-                    tile(slab[0], rows, group, slice(lo, min(tokens, lo + step)), weight, bias, low)
+                for span in token_spans(h):
+                    tile(slab[0], rows, group, span, weight, bias, low)
 
     workers.each(work, tiles.slabs)
     return torch.logsumexp(partial, 0), picked.sum(0)
@@ -1049,22 +1061,14 @@ def head_gradient(h: torch.Tensor, targets: torch.Tensor, tiles: HeadTiles, work
     normalizer = log_normalizers(h, targets, tiles, workers)[0][0].to(out.dtype)
     counted = targets[0] != IGNORE_INDEX
     share = counted.to(out.dtype) / counted.sum()
-    step = TILE_TOKENS * (1 if h.device.type == "cpu" else TILE_SCALE_ACCELERATOR)
-
-    def tile(rows: slice, span: slice, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        logits = full_precision(torch.mm(h[0, span], weight.to(h.dtype).T))
-        if bias is not None:
-            logits.add_(bias)
-        error = logits.sub_(normalizer[span, None]).exp_()
-        local = targets[0, span] - rows.start
-        inside = torch.where((local >= 0) & (local < rows.stop - rows.start))[0]
-        error[inside, local[inside]] -= 1.0
-        out[rows].addmm_(error.mul_(share[span, None]).T.to(out.dtype), h[0, span].to(out.dtype))
 
     def work(slab) -> None:
-        for rows, [(_, weight, bias, _)] in tiles.weights(slab):
-            for lo in range(0, h.shape[1], step):
-                tile(rows, slice(lo, min(h.shape[1], lo + step)), weight, bias)
+        for rows, [(_, weight, bias, low)] in tiles.weights(slab):
+            for span in token_spans(h):
+                error = tile_logits(h[0, span], weight, bias, low, workers).sub_(normalizer[span, None]).exp_()
+                inside, local = inside_tile(targets[0, span], rows)
+                error[inside, local[inside]] -= 1.0
+                out[rows].addmm_(error.mul_(share[span, None]).T.to(out.dtype), h[0, span].to(out.dtype))
 
     workers.each(work, tiles.slabs)
     return out
@@ -2488,7 +2492,7 @@ class Journal:
     """journal.bin: one fixed record a step, written before the step is applied; each carries its own checksum.
 
     The record of step n lies at n times its size, so one that is torn or damaged costs itself alone: it is not in
-    `records`, and its step is measured again. A killed process loses none; a power cut, those of the last second.
+    `records`, and its step is measured again. A killed process loses none; a power cut, those of one second at most.
     """
 
     def __init__(self, path: Path, q: int, identity: str):
@@ -2798,6 +2802,12 @@ def metrics_row(trainer: Trainer, record: Record | None, done: int, val_loss: fl
     return {name: values[name] for name in METRICS}
 
 
+def first_below(level: float, rows: list[dict[str, str]], row: dict[str, str]) -> bool:
+    """Whether this row's validation loss is the first below a level."""
+    below = [float(each["val_loss"] or math.inf) < level for each in (*rows, row)]
+    return below[-1] and not any(below[:-1])
+
+
 class Progress:
     """One line on a terminal, kept up to date; elsewhere a plain line at every row of metrics.csv."""
 
@@ -2888,14 +2898,12 @@ class Trainer:
         self.device = workers.device
         compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
         self.objective = Objective(model, workers, compute_dtype)
-        trained = choose_scope(model, config.scope)
-        exact = [self.objective.head.weight] if config.head == "closed_form" else []
+        head, exact = self.objective.head.weight, config.head == "closed_form"
         if exact and not self.objective.sliced:
             raise UsageError("--head closed_form: this model's logits are not its output layer applied to its hidden states")
-        self.tensors, self.exact = (
-            trainable_tensors((t.name, t.parameter) for t in trained if any(t.parameter is p for p in exact) == closed)
-            for closed in (False, True)
-        )
+        named = [(tensor.name, tensor.parameter) for tensor in choose_scope(model, config.scope)]
+        self.tensors = trainable_tensors(pair for pair in named if not (exact and pair[1] is head))
+        self.exact = trainable_tensors(pair for pair in named if exact and pair[1] is head)
         self.dimension = sum(tensor.parameter.numel() for tensor in self.tensors)
         outer = outer_parameters(model)
         self.optimizer = Optimizer(config.optimizer, self.tensors, config.weight_decay, outer, workers)
@@ -2950,13 +2958,12 @@ class Trainer:
         """What a step asks: aligned with the inputs of its own batch, guided by the last true gradient in Instruct. And
         the output layer's inputs, where its gradient is to be had in closed form.
         """
-        config, h = self.config, None
-        family = Isotropic("gaussian" if config.direction == "aligned" else config.direction, config.rank)
-        if config.direction == "aligned" or self.exact:
-            wanted = self.tensors if config.direction == "aligned" else []
-            bases, h = self.objective.inputs(self.corpus.batch(step), wanted, config.rank, config.seed)
-            if wanted:
-                family = Aligned(config.rank, bases, self.row_scale)
+        config = self.config
+        aligned, bases, h = config.direction == "aligned", {}, None
+        if aligned or self.exact:
+            seen = self.tensors if aligned else []
+            bases, h = self.objective.inputs(self.corpus.batch(step), seen, config.rank, config.seed)
+        family = Aligned(config.rank, bases, self.row_scale) if aligned else Isotropic(config.direction, config.rank)
         return Queries(self._guided(family), config.seed, step, config.query_budget_q, config.epsilon), h
 
     def step(self, step: int, known: Record | None, commit: Callable[[Record], None]) -> Record:
@@ -2979,7 +2986,7 @@ class Trainer:
         gradient = self.objective.head_gradient(h, self.corpus.batch(step))
         norm = torch.linalg.vector_norm(gradient).item()
         if not math.isfinite(norm):
-            raise NonFiniteError(f"step {step}: the output layer's gradient is {norm}; {LOWER_RATE}")
+            raise NonFiniteError(f"step {step}: the output layer's gradient is {norm}; lower --head_learning_rate")
         return [gradient]
 
     def settle(self, step: int) -> Grid | None:
@@ -3226,8 +3233,7 @@ def loop(trainer: Trainer, journal: Journal, start: int, stop: Stop) -> int:
         if done in rows_there or not (validated or done % config.log_interval == 0):
             return None
         row = metrics_row(trainer, record, done, validation_loss(trainer.objective, trainer.corpus) if validated else None)
-        below = validated and float(row["val_loss"]) < trainer.unigram
-        if below and not any(float(earlier["val_loss"] or math.inf) < trainer.unigram for earlier in run.rows):
+        if first_below(trainer.unigram, run.rows, row):
             run.say(f"step {done}: validation loss {float(row['val_loss']):.4f}, below the unigram loss for the first time")
         run.add_row(row)
         rows_there.add(done)

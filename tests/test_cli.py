@@ -142,6 +142,10 @@ def faults(errors, tmp_path):
             r"--batch_size 4.*--query_budget_q 3",
         ),
         (["--rank", "2", "--direction", "gaussian"], r"--rank: .*lowrank"),
+        (["--head", "closed_form", "--mode", "FO"], r"--head closed_form: only --mode ZO"),
+        (["--head", "closed_form", "--mode", "Instruct", "--bp_interval", "2"], r"--head closed_form: only --mode ZO"),
+        (["--head", "closed_form", "--head_learning_rate", "0"], r"--head_learning_rate 0: must be above 0"),
+        (["--head_learning_rate", "1e-3"], r"--head_learning_rate: .*--head closed_form"),
         (["--max_decrease", "0.1", "--optimizer", "adam"], r"--max_decrease: .*--optimizer sgd"),
         (["--max_decrease", "0.1", "--mode", "FO"], r"--max_decrease: .*queries"),
         (["--tokenizer", "bpe:10"], r"--tokenizer bpe:10: "),
@@ -346,7 +350,11 @@ def test_an_interrupt_before_training_ends_with_130(runs, monkeypatch):
         raise AssertionError("the interrupt came too late")
 
     monkeypatch.setattr(zo.RunDirectory, "create", interrupted)
-    assert runs.code() == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell that starts tests with & takes away
+    try:
+        assert runs.code() == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_errors_of_the_program_itself_are_not_hidden(runs, monkeypatch):

@@ -67,8 +67,7 @@ def test_its_run_is_resumed_and_replayed_bit_for_bit(runs, direction):
     flags = FLAGS | {"direction": direction, "learning_rate": 1e-3, "use_lr_scheduler": True, "eval_interval": 100}
     whole = runs.train("whole", **flags, max_steps=6)
     run = runs.train("logs", **flags, max_steps=6, save_interval=2)
-    for folder in list((run / "checkpoints").iterdir())[-1:]:
-        harness.damage(folder / "model.safetensors", "flipped")
+    harness.damage(harness.last_checkpoint(run) / "model.safetensors", "flipped")
     (run / "finished.json").unlink()
     assert runs.resume(run) == 0
     assert set(harness.differences(whole, run)) == set()
@@ -112,3 +111,18 @@ def test_the_first_validation_below_the_unigram_loss_is_marked_once(runs, monkey
     marks = [line for line in (run / "train.log").read_text().splitlines() if "below the unigram loss" in line]
     assert len(marks) == 1
     assert "step 0:" in marks[0]
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(runs, monkeypatch, capsys):
+    whole = zo.Objective.head_gradient
+    monkeypatch.setattr(zo.Objective, "head_gradient", lambda *arguments: whole(*arguments).fill_(float("nan")))
+    assert runs.code(**FLAGS, max_steps=3) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"error: step 0: the output layer's gradient is nan; lower --head_learning_rate", line)
+
+
+def test_a_model_whose_logits_are_something_else_is_refused(runs, monkeypatch, capsys):
+    monkeypatch.setattr(zo.Objective, "_head_is_plain", lambda self: False)
+    assert runs.code(**FLAGS) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --head closed_form: this model's logits")
