@@ -1431,6 +1431,14 @@ class Batched:
         """x [queries, 2, ...] times +epsilon and -epsilon."""
         return x * (self.epsilon * self.plus_minus.to(x.dtype)).view(1, 2, *[1] * (x.ndim - 2))
 
+    @staticmethod
+    def times(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """x [queries, 2, S, n] times each query's own factor [queries, n, r]: [queries, 2, S, r].
+
+        A product a group, since a batched one may round differently with the number of queries in it.
+        """
+        return torch.stack([torch.stack([piece @ factor for piece in both]) for both, factor in zip(x, factors)])
+
     # ---- the forwards of modules -------------------------------------------------------------------
 
     def grouped(self, x: torch.Tensor) -> torch.Tensor:
@@ -1467,7 +1475,7 @@ class Batched:
         weight = tensor.matrix.to(x.dtype)
         if self.workers.count == 1:
             y = torch.nn.functional.linear(x, weight, bias)
-            inner = self.signed(torch.matmul(x, right[:, None]))
+            inner = self.signed(self.times(x, right))
             y.view(self.count, -1, tensor.rows).baddbmm_(inner.view(self.count, -1, inner.shape[-1]), left.mT)
             return y
         y = x.new_empty(*x.shape[:-1], tensor.rows)
@@ -1504,7 +1512,7 @@ class Batched:
             y = torch.matmul(grouped, module.weight.to(dtype))
             if tensor is not None:
                 left, right = self.stacked_factors(tensor, dtype)
-                y += torch.matmul(self.signed(torch.matmul(grouped, left[:, None])), right.mT[:, None])
+                y += self.times(self.signed(self.times(grouped, left)), right.mT)
         else:
             y = grouped.new_zeros(*grouped.shape[:-1], tensor.columns)
 
@@ -1525,7 +1533,7 @@ class Batched:
         if self.low_rank(tensor):
             left, right = self.stacked_factors(tensor, module.weight.dtype)
             query = torch.arange(self.count, device=ids.device).view(-1, 1, 1)
-            out = torch.matmul(self.signed(left[query, flat]), right.mT[:, None])
+            out = self.times(self.signed(left[query, flat]), right.mT)
             out += module.weight.detach()[flat]
         else:
             out = self._dense_embedding(tensor, flat)
@@ -1678,7 +1686,7 @@ class Batched:
         if not self.low_rank(tensor):
             return DenseHead(self, head, scale, bias)
         left, right = self.stacked_factors(tensor, h.dtype)
-        inner = self.signed(torch.matmul(h.view(self.count, 2, *h.shape[1:]), right[:, None])).flatten(0, 1)
+        inner = self.signed(self.times(h.view(self.count, 2, *h.shape[1:]), right)).flatten(0, 1)
         return HeadTiles(head, len(h), scale, bias, (inner, left))
 
 

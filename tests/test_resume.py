@@ -319,9 +319,11 @@ def test_flags_that_do_not_shape_the_result_are_free(runs, stopped, free):
     assert zo.read_config(stopped).max_steps == 8
 
 
-def test_the_grouping_of_queries_is_free(runs):
-    whole = runs.train("whole", parallel_q_computation=True, parallel_batch_size=2, max_steps=6)
-    run = runs.train(parallel_q_computation=True, parallel_batch_size=2, max_steps=4)
+@pytest.mark.parametrize("direction", ["gaussian", "lowrank"])
+def test_the_grouping_of_queries_is_free(runs, direction):
+    flags = {"direction": direction, "parallel_q_computation": True, "parallel_batch_size": 2}
+    whole = runs.train("whole", **flags, max_steps=6)
+    run = runs.train(**flags, max_steps=4)
     assert runs.resume(run, parallel_batch_size=1, max_steps=6) == 0
     assert set(harness.differences(whole, run)) <= {"metrics.csv"}  # which has a validation after step 4, too
 
