@@ -337,6 +337,7 @@ class Config:
 
 
 def flags_digest(flags: dict) -> str:
+    """SHA-256 of flags by name, the same whatever their order."""
     return hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()
 
 
@@ -787,6 +788,7 @@ def trainable_tensors(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> l
 
 
 def fill_normal(out: torch.Tensor, generator: torch.Generator) -> None:
+    """Standard normal numbers."""
     out.normal_(generator=generator)
 
 
@@ -989,6 +991,7 @@ def wide(device: torch.device) -> torch.dtype:
 
 
 def full_precision(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in float32, or float64 if they are that."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -2103,6 +2106,7 @@ def package_folder(package: str) -> Path:
 
 
 def text_hash(text: str) -> bytes:
+    """SHA-256 of a text, whatever it holds."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
@@ -2759,6 +2763,7 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def perplexity(loss: float) -> float:
+    """exp(loss), of losses that can be that."""
     return math.exp(min(loss, 700.0))
 
 
