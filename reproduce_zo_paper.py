@@ -173,7 +173,9 @@ MODES = ("FO", "ZO", "Instruct", "Calibrate")
 
 
 def flag(default, group: str, help: str, **extra) -> dataclasses.Field:
-    """A field of Config: its default, its group in --help, its help; choices=, least= and parse= where they apply."""
+    """A field of Config: its default, its group in --help, its help; choices=, least=, parse= where they apply, and shown=,
+    the default in words, where it follows other flags (`fitting_defaults`).
+    """
     return dataclasses.field(default=default, metadata={"group": group, "help": help, **extra})
 
 
@@ -225,16 +227,25 @@ class Config:
     )
     cache_dir: str | None = flag(None, "Data", "where tokens are kept (default: ~/.cache/reproduce_zo_paper)")
 
-    query_budget_q: int = flag(8, "Zeroth order", "queries (directions) a step, two forward passes each", least=1)
+    query_budget_q: int = flag(
+        8,
+        "Zeroth order",
+        "queries (directions) a step, two forward passes each. 0: nothing is measured, and what is known without is applied: "
+        "the gradient of --head closed_form, the guess of --direction feedback",
+        least=0,
+    )
     epsilon: float = flag(
-        1e-3, "Zeroth order", "how far a query moves the weights, in units of z; 3e-3 where --dtype is bfloat16"
+        1e-3, "Zeroth order", "how far a query moves the weights, in units of z", shown="0.001; 0.003 with --dtype bfloat16"
     )
     direction: str = flag(
         "gaussian",
         "Zeroth order",
         "family of z. gaussian: the paper's. lowrank: A B^T on matrices, fastest when batched. aligned: A Q^T with Q the "
-        "leading directions of each layer's inputs, learns in far fewer forward passes (one more a step)",
-        choices=("gaussian", "rademacher", "lowrank", "aligned"),
+        "leading directions of each layer's inputs. feedback: a guess of the gradient, by the inputs and the error at the "
+        "output, times one random number a matrix; trains the output layer and the matrices that write to the residual "
+        "stream, and learns in far fewer forward passes. The last two take one more pass a step",
+        choices=("gaussian", "rademacher", "lowrank", "aligned", "feedback"),
+        shown="feedback in ZO, else gaussian",
     )
     head: str = flag(
         "estimated",
@@ -243,7 +254,9 @@ class Config:
         "the logits of one forward pass and without backpropagation, into an AdamW of its own; queries are for the rest",
         choices=("estimated", "closed_form"),
     )
-    rank: int = flag(1, "Zeroth order", "rank r of --direction lowrank or aligned", least=1)
+    rank: int = flag(
+        1, "Zeroth order", "rank r of --direction lowrank, aligned or feedback", least=1, shown="1; 16 with feedback"
+    )
     query_data: str = flag(
         "shared",
         "Zeroth order",
@@ -263,6 +276,7 @@ class Config:
         "Optimization",
         "sgd (no state), adam (AdamW), or mudamw (Muon on hidden matrices, AdamW elsewhere)",
         choices=("sgd", "adam", "mudamw"),
+        shown="adam with --direction feedback, else sgd",
     )
     learning_rate: float = flag(1e-3, "Optimization", "step size (peak, with a scheduler)")
     head_learning_rate: float = flag(3e-3, "Optimization", "step size of --head closed_form, on the same schedule")
@@ -327,6 +341,11 @@ class Config:
         return self.mode != "FO"
 
     @property
+    def measures(self) -> bool:
+        """Whether any query is asked."""
+        return self.uses_queries and self.query_budget_q > 0
+
+    @property
     def cache(self) -> Path:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return Path(self.cache_dir) if self.cache_dir else home / "reproduce_zo_paper"
@@ -362,7 +381,7 @@ def build_parser() -> Parser:
         group = groups.setdefault(about["group"], parser.add_argument_group(about["group"]))
         text = about["help"]
         if field.default is not None and field.default is not False:
-            text += f" (default: {field.default})"
+            text += f" (default: {about.get('shown', field.default)})"
         if field.type == "bool":
             group.add_argument(f"--{field.name}", action="store_true", help=text)
         else:
@@ -376,7 +395,20 @@ def build_parser() -> Parser:
 
 # By the error of c over epsilon, which ZO_OPTIMIZATION_README.md tabulates: rounding (1/epsilon) against bias (epsilon^2).
 DEFAULT_EPSILON = {"float32": 1e-3, "bfloat16": 3e-3}
+FEEDBACK_RANK = 16
 NO_VALUE = "\\0"  # stands for a value that was left out: no shell can give it
+
+
+def fitting_defaults(values: dict) -> dict:
+    """The defaults that follow from other flags."""
+    direction = values.get("direction", "feedback" if values.get("mode", "ZO") == "ZO" else "gaussian")
+    feedback = direction == "feedback"
+    return {
+        "epsilon": DEFAULT_EPSILON[values.get("dtype", "float32")],
+        "direction": direction,
+        "rank": FEEDBACK_RANK if feedback else 1,
+        "optimizer": "adam" if feedback else "sgd",
+    }
 
 
 def convert(field: dataclasses.Field, text: str):
@@ -459,7 +491,7 @@ def parse_config(argv: Sequence[str]) -> tuple[Config, set[str]]:
         except ValueError as fault:
             faults.append(str(fault))
             faulty.add(field.name)
-    config = Config(**{"epsilon": DEFAULT_EPSILON[values.get("dtype", "float32")], **values})
+    config = Config(**{**fitting_defaults(values), **values})
     faults += validate(config, set(values), faulty)
     if faults:
         raise UsageError("\n".join(faults))
@@ -481,6 +513,14 @@ def range_faults(config: Config) -> list[str]:
             config.head == "estimated" or config.mode == "ZO",
             f"--head closed_form: only --mode ZO has it; the backpropagations of {config.mode} give this gradient anyway",
         ),
+        (
+            config.direction != "feedback" or config.mode == "ZO",
+            f"--direction feedback: only --mode ZO has it; take another with {config.mode}",
+        ),
+        (
+            q > 0 or (config.mode == "ZO" and (config.direction == "feedback" or config.head == "closed_form")),
+            "--query_budget_q 0: only for --direction feedback or --head closed_form, which know something without queries",
+        ),
         (0 <= config.min_lr <= config.learning_rate, f"--min_lr {config.min_lr:g}: must be from 0 to the learning rate"),
         (config.max_decrease >= 0, f"--max_decrease {config.max_decrease:g}: must be at least 0"),
         (0 <= config.weight_decay <= 1e6, f"--weight_decay {config.weight_decay:g}: must be from 0 to 1e6"),
@@ -491,7 +531,7 @@ def range_faults(config: Config) -> list[str]:
             f"--block_size {config.block_size}: the model has {MAX_POSITIONS} positions; lower it",
         ),
         (
-            config.query_data == "shared" or not config.uses_queries or rows % q == 0,
+            config.query_data == "shared" or not config.uses_queries or rows % max(1, q) == 0,
             f"--query_data distinct: --batch_size {rows} can't be shared out evenly to --query_budget_q {q} queries; make it "
             "a multiple",
         ),
@@ -523,9 +563,9 @@ def useless_flags(config: Config, given: set[str]) -> list[str]:
         "warmup_steps": (config.use_lr_scheduler, "--use_lr_scheduler"),
         "min_lr": (config.use_lr_scheduler, "--use_lr_scheduler"),
         "guide_cosine": (config.mode == "Instruct", "--mode Instruct"),
-        "rank": (config.direction in ("lowrank", "aligned"), "--direction lowrank or aligned"),
+        "rank": (config.direction in ("lowrank", "aligned", "feedback"), "--direction lowrank, aligned or feedback"),
         "head_learning_rate": (config.head == "closed_form", "--head closed_form"),
-        "max_decrease": (config.optimizer == "sgd" and config.uses_queries, "--optimizer sgd and a mode with queries"),
+        "max_decrease": (config.optimizer == "sgd" and config.measures, "--optimizer sgd and a mode with queries"),
     }
     return [f"--{name}: has no effect without {other}" for name, (used, other) in uses.items() if name in given and not used]
 
@@ -727,8 +767,8 @@ class Workers:
 # A family says, for one tensor, whether its directions are `low_rank`, and gives the one at some coordinates, with
 #   block(index, out)   writes block `index` of z, [rows, columns], into out (float32 numbers in out's dtype)
 #   factors()           (A [rows, r], B [columns, r]) with z = A B^T, if it is low rank
-# `gain` is the largest eigenvalue of E[z z^T], which estimates are divided by; `largest` bounds an entry of z. Both
-# evaluation paths and every update ask only for these, so a new family is one class.
+# `gain` is the largest eigenvalue of E[z z^T], which estimates are divided by; `largest` bounds an entry of z, `square`
+# is E||z||^2 on a tensor. Both evaluation paths and every update ask only for these, so a new family is one class.
 
 
 @dataclass(frozen=True)
@@ -861,6 +901,9 @@ class Isotropic:
         left = drawn[:split].view(tensor.rows, self.rank).mul_(self.rank**-0.5)
         return LowRankDirection(left, drawn[split:].view(tensor.columns, self.rank), tensor)
 
+    def square(self, tensor: Tensor) -> float:
+        return float(tensor.parameter.numel())
+
 
 class Aligned:
     """Directions that live where the layers' inputs live (preconditioned: E[z z^T] is not I).
@@ -890,6 +933,47 @@ class Aligned:
         if tensor.index in self.row_scale:
             left.mul_(self.row_scale[tensor.index][:, None])
         return LowRankDirection(left, basis, tensor)
+
+    def square(self, tensor: Tensor) -> float:
+        basis = self.bases.get(tensor.index)
+        return self.other.square(tensor) if basis is None else float(tensor.rows * basis.shape[1])
+
+
+FEEDBACK_NORM = 10.0  # of a matrix' direction: epsilon times it is small beside any layer's weights, and far above rounding
+
+
+class Feedback:
+    """Directions that are a guess of the gradient, but for their size: z = xi s E Q^T on a matrix, xi = +-1 at random.
+
+    The gradient of y = x W^T is delta^T x. At the output layer delta is p - y, softmax less target, which any forward
+    pass shows. A layer that writes to the residual stream reaches the output layer along the stream: with what lies
+    between them taken for the identity, its delta is (p - y) W_output (feedback alignment of Lillicrap et al. 2016 and
+    Nokland 2016, by true weights instead of random ones). For these matrices `guess` holds E = delta^T x Q [rows, k] and
+    Q [columns, k], the leading directions of x; s makes every ||z|| the same. With D = s E Q^T, E[vec z vec z^T] is
+    vec D vec D^T: one number a matrix is measured, the gradient's component along the guess.
+    """
+
+    gain = 1.0
+    largest = FEEDBACK_NORM
+
+    def __init__(self, guess: dict[int, tuple[torch.Tensor, torch.Tensor]], taken: bool = False):
+        self.guess, self.taken = guess, taken  # taken at its word: z is the guess itself
+
+    def low_rank(self, tensor: Tensor) -> bool:
+        return True
+
+    def direction(self, tensor: Tensor, at: Coordinates) -> LowRankDirection:
+        """The direction of one query on one tensor."""
+        left, basis = self.guess[tensor.index]
+        if self.taken:
+            return LowRankDirection(left, basis, tensor)
+        xi = torch.empty(1, device=left.device)
+        fill_signs(xi, stream(left.device, at.seed, PURPOSE_DIRECTION, at.step, at.query, tensor.index, 0))
+        norm = torch.linalg.vector_norm(left).clamp(min=torch.finfo(left.dtype).tiny)
+        return LowRankDirection(left * (xi * FEEDBACK_NORM / norm), basis, tensor)
+
+    def square(self, tensor: Tensor) -> float:
+        return torch.linalg.vector_norm(self.guess[tensor.index][0]).item() ** 2 if self.taken else FEEDBACK_NORM**2
 
 
 def aligned_largest(rank: int, row_scale: dict[int, torch.Tensor]) -> float:
@@ -943,6 +1027,10 @@ class Guided:
         """The direction of one query on one tensor."""
         return GuidedDirection(self.base.direction(tensor, at), self.guide[tensor.index], self.along, self.across)
 
+    def square(self, tensor: Tensor) -> float:
+        """Of all tensors together, exactly; a tensor's own part is as if the guide were spread evenly."""
+        return float(tensor.parameter.numel())
+
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Estimation: the loss                                                                             │
@@ -952,6 +1040,7 @@ class Guided:
 
 TILE_TOKENS, TILE_VOCABULARY, SLAB_VOCABULARY = 512, 512, 2048  # a tile stays in a core's cache
 TILE_SCALE_ACCELERATOR = 16
+RESIDUAL_WRITERS = ("o_proj", "down_proj", "out_proj", "fc2", "dense_4h_to_h")  # Llama, Qwen, Mistral, OPT, GPT-NeoX
 IGNORE_INDEX = -100  # a label that is not to be predicted, as everywhere in transformers
 
 
@@ -1054,27 +1143,62 @@ def token_losses(h: torch.Tensor, targets: torch.Tensor, tiles: HeadTiles, worke
     return torch.where(targets == IGNORE_INDEX, 0.0, normalizer - picked)
 
 
-def head_gradient(h: torch.Tensor, targets: torch.Tensor, tiles: HeadTiles, workers: Workers) -> torch.Tensor:
-    """The gradient of the mean loss in the output layer's weight, [V, n] in its dtype: sum_t (p_t - y_t) h_t^T / N.
+class OutputError(NamedTuple):
+    """What the logits of a forward pass say without backpropagation, see `output_error`."""
 
-    Exact and without backpropagation, since the logits are linear in this weight: softmax p less one-hot target y, at
-    each of the N tokens that are predicted, times its hidden state. h [1, S, n], targets int64 [1, S]; tile by tile.
+    loss: float
+    inside: torch.Tensor
+    back: torch.Tensor | None
+
+
+def output_error(
+    h: torch.Tensor, targets: torch.Tensor, x: torch.Tensor, back: bool, tiles: HeadTiles, workers: Workers
+) -> OutputError:
+    """The mean loss of N tokens and the products of its gradient in the logits, delta = (p - y) / N [S, V], p the softmax
+    and y the one-hot target: `inside` = delta^T x [V, m] for x [S, m], and if asked `back` = delta W [S, n].
+
+    With x = h, `inside` is the gradient of the output layer's weight W, exactly, since the logits h W^T are linear in it;
+    `back` is the gradient in h. h [1, S, n], targets int64 [1, S]; a tile of the logits at a time, in W's dtype. Slabs
+    add to `back` one after the other, in a fixed order.
     """
-    out = torch.zeros_like(tiles.head.weight, requires_grad=False)
-    normalizer = log_normalizers(h, targets, tiles, workers)[0][0].to(out.dtype)
+    dtype = tiles.head.weight.dtype
+    inside = torch.zeros(len(tiles.head.weight), x.shape[1], dtype=dtype, device=h.device)
+    parts = torch.zeros(tiles.slab_count if back else 0, *h[0].shape, dtype=dtype, device=h.device)
+    normalizer, picked = log_normalizers(h, targets, tiles, workers)
     counted = targets[0] != IGNORE_INDEX
-    share = counted.to(out.dtype) / counted.sum()
+    share = counted.to(dtype) / counted.sum()
+    loss = torch.where(counted, normalizer - picked, 0.0).sum().item() / counted.sum().item()
+    normalizer, x = normalizer[0].to(dtype), x.to(dtype)
+
+    def tile(slab_index: int, rows: slice, span: slice, weight, bias, low) -> None:
+        delta = tile_logits(h[0, span], weight, bias, low, workers).sub_(normalizer[span, None]).exp_()
+        within, local = inside_tile(targets[0, span], rows)
+        delta[within, local[within]] -= 1.0
+        delta = delta.mul_(share[span, None]).to(dtype)
+        inside[rows].addmm_(delta.T, x[span])
+        if back:
+            parts[slab_index, span].addmm_(delta, weight.to(dtype))
 
     def work(slab) -> None:
         for rows, [(_, weight, bias, low)] in tiles.weights(slab):
             for span in token_spans(h):
-                error = tile_logits(h[0, span], weight, bias, low, workers).sub_(normalizer[span, None]).exp_()
-                inside, local = inside_tile(targets[0, span], rows)
-                error[inside, local[inside]] -= 1.0
-                out[rows].addmm_(error.mul_(share[span, None]).T.to(out.dtype), h[0, span].to(out.dtype))
+                tile(slab[0], rows, span, weight, bias, low)
 
     workers.each(work, tiles.slabs)
-    return out
+    return OutputError(loss, inside, parts.sum(0) if back else None)
+
+
+@dataclass
+class Seen:
+    """What one plain forward pass shows, with no tensor of a parameter's size in it.
+
+    bases: for a matrix of a linear layer, Q [n, k], the leading directions of its inputs. within: for those that write to
+    the residual stream, x Q [S, k] of the tokens whose next one is predicted. h: the output layer's inputs [1, S, n].
+    """
+
+    bases: dict[int, torch.Tensor]
+    within: dict[int, torch.Tensor]
+    h: torch.Tensor
 
 
 def next_tokens(labels: torch.Tensor, groups: int) -> torch.Tensor:
@@ -1141,19 +1265,29 @@ class Objective:
         """Last hidden states, [N, T, n]."""
         return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
-    def inputs(
-        self, input_ids: torch.Tensor, tensors: list[Tensor], rank: int, seed: int
-    ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-        """By one plain forward pass: for every matrix of a linear layer among `tensors`, the leading directions [n, rank]
-        of its inputs; and the inputs of the output layer, [1, R*(T-1), n]. A tied embedding is seen as the output layer
-        that it also is.
+    def residual_writers(self) -> list[torch.nn.Linear]:
+        """The linear layers whose output is added to the residual stream, by the names that decoders give them."""
+        width = self.head.weight.shape[1]
+        named = [(name.rpartition(".")[2], module) for name, module in self.model.named_modules()]
+        linear = [(name, m) for name, m in named if isinstance(m, torch.nn.Linear) and m.weight.shape[0] == width]
+        return [module for name, module in linear if name in RESIDUAL_WRITERS]
+
+    def see(self, input_ids: torch.Tensor, tensors: list[Tensor], rank: int, seed: int) -> Seen:
+        """One plain forward pass of input_ids [R, T], watched at the matrices of linear layers among `tensors`. A tied
+        embedding is seen as the output layer that it also is.
         """
         index = {id(tensor.parameter): tensor.index for tensor in tensors}
+        writers = {id(module) for module in self.residual_writers()}
         bases: dict[int, torch.Tensor] = {}
+        within: dict[int, torch.Tensor] = {}
 
         def look(module: torch.nn.Linear, arguments: tuple) -> None:
             x = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
-            bases[index[id(module.weight)]] = leading_directions(x, rank, seed, index[id(module.weight)])
+            at = index[id(module.weight)]
+            with torch.autocast(self.device.type, enabled=False):
+                bases[at] = leading_directions(x, rank, seed, at)
+                if id(module) in writers:
+                    within[at] = x.view(*input_ids.shape, -1)[:, :-1].flatten(0, 1) @ bases[at]
 
         linear = [m for m in self.model.modules() if isinstance(m, torch.nn.Linear) and id(m.weight) in index]
         hooks = [module.register_forward_pre_hook(look) for module in linear if module is not self.head]
@@ -1165,12 +1299,13 @@ class Objective:
         finally:
             for hook in hooks:
                 hook.remove()
-        return bases, h.to(self.compute_dtype or h.dtype)
+        return Seen(bases, within, h.to(self.compute_dtype or h.dtype))
 
-    def head_gradient(self, h: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The output layer's gradient [V, n] at its inputs h [1, R*(T-1), n], see the function of that name."""
+    def output_error(self, seen: Seen, labels: torch.Tensor, x: torch.Tensor, back: bool) -> OutputError:
+        """`output_error` at what was seen of labels [R, T]."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return head_gradient(h, next_tokens(labels, 1), HeadTiles(self.head, 1, self.scale), self.workers)
+            tiles = HeadTiles(self.head, 1, self.scale)
+            return output_error(seen.h, next_tokens(labels, 1), x, back, tiles, self.workers)
 
     def losses(
         self, input_ids: torch.Tensor, labels: torch.Tensor, groups: int = 1, batched: Batched | None = None
@@ -1236,7 +1371,7 @@ class CannotBatch(RuntimeError):
 class Queries:
     """What a step asks: q directions at (seed, step), each measured at theta + epsilon z and theta - epsilon z."""
 
-    family: Isotropic | Aligned | Guided
+    family: Isotropic | Aligned | Feedback | Guided
     seed: int
     step: int
     q: int
@@ -1949,9 +2084,9 @@ class Optimizer:
                 del state[name]
 
 
-def estimator_norm(projected_grads: np.ndarray, dimension: int, gain: float) -> float:
-    """||g|| of g = (1/q) sum c_i z_i / gain for nearly orthogonal z_i with ||z_i||^2 = dimension."""
-    return float(np.sqrt(dimension * np.sum(projected_grads**2)) / (len(projected_grads) * gain))
+def estimator_norm(projected_grads: np.ndarray, square: float, gain: float) -> float:
+    """||g|| of g = (1/q) sum c_i z_i / gain for nearly orthogonal z_i with ||z_i||^2 = square."""
+    return float(np.sqrt(square * np.sum(projected_grads**2)) / (len(projected_grads) * gain))
 
 
 def trusted_rate(rate: float, projected_grads: np.ndarray, most: float, gain: float) -> float:
@@ -2767,6 +2902,17 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
+def what_is_measured(config: Config, trainer: Trainer) -> str:
+    """How much of the gradient a step's queries see."""
+    if not config.measures:
+        return "queries: none; what is known without them is applied as it is"
+    if config.direction == "feedback":
+        return f"directions: {len(trainer.tensors)} matrices, the component of the gradient along a guess is measured on each"
+    if config.direction == "aligned":
+        return f"directions: {config.rank} of every matrix' input directions, from each step's batch"
+    return theory_line(config.query_budget_q, trainer.dimension)
+
+
 def theory_line(q: int, dimension: int) -> str:
     """What a budget of q isotropic queries buys in d dimensions (Nesterov and Spokoiny 2017; E||g||^2 = (d+q+1)/q)."""
     share = q / (dimension + q + 1)
@@ -2782,7 +2928,7 @@ FIRST_ORDER_RATE = 1.0
 
 def rate_warning(config: Config, dimension: int) -> str | None:
     """A line where sgd's learning rate is far above what theory calls stable for isotropic queries."""
-    if config.optimizer != "sgd" or not config.uses_queries:
+    if config.optimizer != "sgd" or not config.measures or config.direction in ("aligned", "feedback"):
         return None
     stable = FIRST_ORDER_RATE * config.query_budget_q / (dimension + config.query_budget_q + 1)
     if config.learning_rate <= 1e4 * stable:
@@ -2912,11 +3058,14 @@ class Trainer:
         compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
         self.objective = Objective(model, workers, compute_dtype)
         head, exact = self.objective.head.weight, config.head == "closed_form"
-        if exact and not self.objective.sliced:
-            raise UsageError("--head closed_form: this model's logits are not its output layer applied to its hidden states")
+        if (exact or config.direction == "feedback") and not self.objective.sliced:
+            raise UsageError(
+                "--head closed_form, --direction feedback: this model's logits are not its output layer applied to its hidden states"
+            )
         named = [(tensor.name, tensor.parameter) for tensor in choose_scope(model, config.scope)]
-        self.tensors = trainable_tensors(pair for pair in named if not (exact and pair[1] is head))
         self.exact = trainable_tensors(pair for pair in named if exact and pair[1] is head)
+        named = [pair for pair in named if not (exact and pair[1] is head)]
+        self.tensors = trainable_tensors(pair for pair in named if self._moves(pair[1]))
         self.dimension = sum(tensor.parameter.numel() for tensor in self.tensors)
         outer = outer_parameters(model)
         self.optimizer = Optimizer(config.optimizer, self.tensors, config.weight_decay, outer, workers)
@@ -2924,10 +3073,17 @@ class Trainer:
         self.group = query_group(config, self.device)
         self.guide: list[torch.Tensor] | None = None
         self.unigram = corpus.unigram_loss()
+        self.head_index = next((tensor.index for tensor in self.tensors if tensor.parameter is head), None)
         self.row_scale = self._row_scale() if config.direction == "aligned" else {}
         self.total = config.max_steps or config.epochs * corpus.blocks // config.batch_size
         self.before = float(run.rows[-1]["seconds"]) if run.rows else 0.0
         self.began = time.perf_counter()
+
+    def _moves(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether the run's directions move a parameter: feedback ones only where the error is known or guessed."""
+        if self.config.direction != "feedback":
+            return self.config.query_budget_q > 0 or not self.config.uses_queries
+        return any(parameter is module.weight for module in [self.objective.head, *self.objective.residual_writers()])
 
     def seconds(self) -> float:
         """Seconds of training, of all sittings."""
@@ -2944,8 +3100,9 @@ class Trainer:
             return steps * batch, 3 * steps * batch
         backward = -(-steps // config.bp_interval) if config.bp_interval else 0
         evaluations = 2 * (1 if config.query_data == "distinct" else config.query_budget_q)
-        evaluations += config.direction == "aligned" or config.head == "closed_form"  # the pass that shows layers' inputs
-        evaluations += config.head == "closed_form"  # for the products of the head's gradient, which cost less than a pass
+        feedback, exact = config.direction == "feedback", config.head == "closed_form"
+        evaluations += config.direction == "aligned" or feedback or exact  # the pass that shows layers' inputs
+        evaluations += feedback or exact  # for the products with the error of the logits, which cost less than a pass
         return steps * batch, (3 * backward + evaluations * (steps - backward)) * batch
 
     def _row_scale(self) -> dict[int, torch.Tensor]:
@@ -2954,12 +3111,13 @@ class Trainer:
         """
         scale = torch.tensor((self.corpus.frequencies + 1.0) ** 0.25, dtype=torch.float32, device=self.device)
         scale /= scale.square().mean().sqrt()
-        head = self.objective.head.weight
-        return {tensor.index: scale for tensor in self.tensors if tensor.parameter is head}
+        return {} if self.head_index is None else {self.head_index: scale}
 
     def largest_z(self) -> float:
         """A bound of the entries of this step's directions."""
         config = self.config
+        if config.direction == "feedback":
+            return Feedback.largest
         if self.guide is None and config.direction == "aligned":
             return aligned_largest(config.rank, self.row_scale)
         return self._guided(Isotropic("gaussian" if config.direction == "aligned" else config.direction)).largest
@@ -2967,17 +3125,35 @@ class Trainer:
     def _guided(self, family: Isotropic | Aligned) -> Isotropic | Aligned | Guided:
         return family if self.guide is None else Guided(family, self.guide, self.config.guide_cosine)
 
-    def queries(self, step: int) -> tuple[Queries, torch.Tensor | None]:
-        """What a step asks: aligned with the inputs of its own batch, guided by the last true gradient in Instruct. And
-        the output layer's inputs, where its gradient is to be had in closed form.
+    def queries(self, step: int) -> tuple[Queries, OutputError | None]:
+        """What a step asks: shaped by a forward pass on its own batch, guided by the last true gradient in Instruct. And
+        what that pass says of the output layer, where it is used.
         """
-        config = self.config
-        aligned, bases, h = config.direction == "aligned", {}, None
-        if aligned or self.exact:
-            seen = self.tensors if aligned else []
-            bases, h = self.objective.inputs(self.corpus.batch(step), seen, config.rank, config.seed)
-        family = Aligned(config.rank, bases, self.row_scale) if aligned else Isotropic(config.direction, config.rank)
-        return Queries(self._guided(family), config.seed, step, config.query_budget_q, config.epsilon), h
+        config, error = self.config, None
+        watched = self.tensors if config.direction in ("aligned", "feedback") else []
+        if watched or self.exact:
+            labels = self.corpus.batch(step)
+            seen = self.objective.see(labels, watched, config.rank, config.seed)
+            if self.exact or config.direction == "feedback":
+                error = self._output_error(seen, labels)
+        if config.direction == "feedback":
+            family = Feedback(self._guess(seen, error), taken=config.query_budget_q == 0)
+        elif config.direction == "aligned":
+            family = Aligned(config.rank, seen.bases, self.row_scale)
+        else:
+            family = Isotropic(config.direction, config.rank)
+        return Queries(self._guided(family), config.seed, step, config.query_budget_q, config.epsilon), error
+
+    def _output_error(self, seen: Seen, labels: torch.Tensor) -> OutputError:
+        """The output layer's gradient, whole if it is applied, and within its inputs' leading directions if it guides."""
+        x = seen.h[0] if self.exact else seen.h[0].float() @ seen.bases[self.head_index]
+        return self.objective.output_error(seen, labels, x, back=self.config.direction == "feedback")
+
+    def _guess(self, seen: Seen, error: OutputError) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        left = {at: error.back.T @ within for at, within in seen.within.items()}
+        if self.head_index is not None:
+            left[self.head_index] = error.inside
+        return {at: (part, seen.bases[at]) for at, part in left.items()}
 
     def step(self, step: int, known: Record | None, commit: Callable[[Record], None]) -> Record:
         """One step: measures (or takes what is `known` from the journal), commits the record, then updates."""
@@ -2986,21 +3162,21 @@ class Trainer:
         grid = self.settle(step)
         if self.config.backpropagates(step):
             return self._backpropagate(step, rate, commit)
-        queries, h = self.queries(step)
-        record = known if known is not None else self._measure(queries, rate, grid)
-        exact = self._exact_gradient(step, h) if self.exact else []
+        queries, error = self.queries(step)
+        record = known if known is not None else self._measure(queries, rate, grid, error)
+        exact = [self._checked(error.inside, step)] if self.exact else []
         commit(record)
-        self.optimizer.apply_estimate(queries, record.projected_grads, record.learning_rate)
+        measured = record.projected_grads if queries.q else np.ones(1)  # no queries: what is known is taken at its word
+        self.optimizer.apply_estimate(queries, measured, record.learning_rate)
         head_rate = self.config.head_learning_rate * schedule / self.config.learning_rate
         self.exact_optimizer.apply_gradient(exact, head_rate)
         return record
 
-    def _exact_gradient(self, step: int, h: torch.Tensor) -> list[torch.Tensor]:
-        gradient = self.objective.head_gradient(h, self.corpus.batch(step))
+    def _checked(self, gradient: torch.Tensor, step: int) -> torch.Tensor:
         norm = torch.linalg.vector_norm(gradient).item()
         if not math.isfinite(norm):
             raise NonFiniteError(f"step {step}: the output layer's gradient is {norm}; lower --head_learning_rate")
-        return [gradient]
+        return gradient
 
     def settle(self, step: int) -> Grid | None:
         """Puts the weights on their grid, where queries are used; every step begins so, and every checkpoint is on it."""
@@ -3029,7 +3205,12 @@ class Trainer:
             self.guide = [gradient.div_(norm).reshape(tensor.rows, tensor.columns) for gradient, tensor in pairs]
         return record
 
-    def _measure(self, queries: Queries, rate: float, grid: Grid) -> Record:
+    def _measure(self, queries: Queries, rate: float, grid: Grid, error: OutputError | None) -> Record:
+        square = sum(queries.family.square(tensor) for tensor in self.tensors)
+        if queries.q == 0:
+            if not math.isfinite(error.loss + square):
+                raise NonFiniteError(f"step {queries.step}: the loss is {error.loss:g}; nothing was updated; {LOWER_RATE}")
+            return Record(queries.step, rate, error.loss, math.sqrt(square), False, np.empty(0))
         input_ids = self.corpus.batch(queries.step)
         batch = query_batch(input_ids, input_ids, queries.q, self.config.query_data)
         while True:
@@ -3046,7 +3227,7 @@ class Trainer:
                 torch.cuda.empty_cache()
         c = self._finite(queries.step, estimate)
         kept = np.isfinite(c)
-        norm = estimator_norm(c[kept], self.dimension, queries.family.gain)
+        norm = estimator_norm(c[kept], square, queries.family.gain)
         if not max(1.0, rate) * abs(c[kept]).sum() * queries.family.largest < LARGEST_UPDATE:
             raise NonFiniteError(f"step {queries.step}: the update would overflow (|g| is about {norm:.1e}); {LOWER_RATE}")
         if self.config.optimizer == "sgd":
@@ -3151,8 +3332,9 @@ def opening_lines(trainer: Trainer) -> list[str]:
     ]
     if config.uses_queries:
         how = f"{trainer.group} in one forward pass" if trainer.group else "one after the other, in place"
-        lines.append(f"queries: {config.query_budget_q} a step, {config.direction}, {config.query_data} data, {how}")
-        lines.append(theory_line(config.query_budget_q, trainer.dimension))
+        if config.measures:
+            lines.append(f"queries: {config.query_budget_q} a step, {config.direction}, {config.query_data} data, {how}")
+        lines.append(what_is_measured(config, trainer))
     if trainer.exact:
         lines.append(f"head: gradient in closed form, AdamW at {config.head_learning_rate:g}; the queries are for the rest")
     if config.mode == "Instruct":
