@@ -1200,6 +1200,15 @@ class Seen:
     within: dict[int, torch.Tensor]
     h: torch.Tensor
 
+    def guess(self, error: OutputError, head: int | None) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """What `Feedback` takes: from the error's `back`, and for the output layer (tensor number `head`) its `inside` with
+        x = h Q.
+        """
+        left = {at: error.back.float().T @ within for at, within in self.within.items()}
+        if head is not None:
+            left[head] = error.inside.float()
+        return {at: (part, self.bases[at]) for at, part in left.items()}
+
 
 def next_tokens(labels: torch.Tensor, groups: int) -> torch.Tensor:
     """The targets of positions 0 to T-2, labels [G*R, T] -> int64 [G, R*(T-1)]: the next-token shift."""
@@ -3137,7 +3146,7 @@ class Trainer:
             if self.exact or config.direction == "feedback":
                 error = self._output_error(seen, labels)
         if config.direction == "feedback":
-            family = Feedback(self._guess(seen, error), taken=config.query_budget_q == 0)
+            family = Feedback(seen.guess(error, self.head_index), taken=config.query_budget_q == 0)
         elif config.direction == "aligned":
             family = Aligned(config.rank, seen.bases, self.row_scale)
         else:
@@ -3148,12 +3157,6 @@ class Trainer:
         """The output layer's gradient, whole if it is applied, and within its inputs' leading directions if it guides."""
         x = seen.h[0] if self.exact else seen.h[0].float() @ seen.bases[self.head_index]
         return self.objective.output_error(seen, labels, x, back=self.config.direction == "feedback")
-
-    def _guess(self, seen: Seen, error: OutputError) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        left = {at: error.back.T @ within for at, within in seen.within.items()}
-        if self.head_index is not None:
-            left[self.head_index] = error.inside
-        return {at: (part, seen.bases[at]) for at, part in left.items()}
 
     def step(self, step: int, known: Record | None, commit: Callable[[Record], None]) -> Record:
         """One step: measures (or takes what is `known` from the journal), commits the record, then updates."""

@@ -21,7 +21,7 @@ def setting():
     with zo.Workers(torch.device("cpu")) as workers:
         tensors = zo.trainable_tensors(model.named_parameters())
         objective = zo.Objective(model, workers)
-        bases, _ = objective.inputs(IDS, tensors, 2, 0)
+        bases = objective.see(IDS, tensors, 2, 0).bases
         scale = {t.index: torch.linspace(0.5, 2.0, 61) for t in tensors if t.parameter is model.lm_head.weight}
         yield objective, tensors, zo.Queries(zo.Aligned(2, bases, scale), 3, 4, 5, 1e-4)
 

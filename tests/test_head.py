@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import reproduce_zo_paper as zo
 
 IDS = torch.randint(0, 61, (3, 17), generator=torch.Generator().manual_seed(1))
-FLAGS = {"head": "closed_form", "direction": "aligned", "learning_rate": 1.0}
+FLAGS = {"head": "closed_form", "direction": "aligned", "optimizer": "sgd", "learning_rate": 1.0}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -22,8 +22,8 @@ def test_it_is_the_gradient_through_the_output_layer_alone(small_blocks, tied, i
     labels[1, 3 : 3 + ignored] = zo.IGNORE_INDEX
     with zo.Workers(torch.device("cpu")) as workers:
         objective = zo.Objective(model, workers)
-        _, h = objective.inputs(IDS, [], 1, 0)
-        gradient = objective.head_gradient(h, labels)
+        seen = objective.see(IDS, [], 1, 0)
+        gradient = objective.output_error(seen, labels, seen.h[0], back=False).inside
     weight = model.lm_head.weight.detach().clone().requires_grad_()
     with torch.no_grad():
         states = model.model(IDS).last_hidden_state
@@ -37,7 +37,8 @@ def test_computing_in_bfloat16_comes_near_it(small_blocks):
     for dtype in (None, torch.bfloat16):
         with zo.Workers(torch.device("cpu")) as workers:
             objective = zo.Objective(harness.llama(), workers, dtype)
-            gradients.append(objective.head_gradient(objective.inputs(IDS, [], 1, 0)[1], IDS))
+            seen = objective.see(IDS, [], 1, 0)
+            gradients.append(objective.output_error(seen, IDS, seen.h[0], back=False).inside)
     exact, near = gradients
     assert near.dtype == torch.float32
     assert 0 < (near - exact).norm() < 0.05 * exact.norm()
@@ -114,8 +115,14 @@ def test_the_first_validation_below_the_unigram_loss_is_marked_once(runs, monkey
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(runs, monkeypatch, capsys):
-    whole = zo.Objective.head_gradient
-    monkeypatch.setattr(zo.Objective, "head_gradient", lambda *arguments: whole(*arguments).fill_(float("nan")))
+    whole = zo.Objective.output_error
+
+    def spoiled(*arguments, **options):
+        error = whole(*arguments, **options)
+        error.inside.fill_(float("nan"))
+        return error
+
+    monkeypatch.setattr(zo.Objective, "output_error", spoiled)
     assert runs.code(**FLAGS, max_steps=3) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(r"error: step 0: the output layer's gradient is nan; lower --head_learning_rate", line)
@@ -125,4 +132,4 @@ def test_a_model_whose_logits_are_something_else_is_refused(runs, monkeypatch, c
     monkeypatch.setattr(zo.Objective, "_head_is_plain", lambda self: False)
     assert runs.code(**FLAGS) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: --head closed_form: this model's logits")
+    assert line.startswith("error: --head closed_form, --direction feedback: this model's logits")

@@ -147,7 +147,8 @@ def test_records_of_another_run_are_not_believed(journal):
 # ---- kills -----------------------------------------------------------------------------------------------------------
 
 KINDS = {
-    "sgd": {"mode": "ZO", "optimizer": "sgd", "use_lr_scheduler": True, "warmup_steps": 3},
+    "default": {"mode": "ZO", "direction": "feedback", "rank": 16, "optimizer": "adam", "use_lr_scheduler": True},
+    "sgd": {"mode": "ZO", "optimizer": "sgd", "direction": "gaussian", "use_lr_scheduler": True, "warmup_steps": 3},
     "adam": {"mode": "ZO", "optimizer": "adam", "direction": "lowrank", "parallel_q_computation": True},
     "mudamw": {"mode": "ZO", "optimizer": "mudamw", "direction": "rademacher", "weight_decay": 0.1},
     "Instruct": {"mode": "Instruct", "bp_interval": 3, "optimizer": "adam", "query_data": "distinct"},
@@ -157,7 +158,7 @@ ALL_KINDS = {
     f"{mode}-{optimizer}": {"mode": mode, "optimizer": optimizer, "bp_interval": 3 if mode == "Instruct" else None}
     for mode in ("ZO", "Instruct", "FO")
     for optimizer in ("sgd", "adam", "mudamw")
-}
+} | {"default": KINDS["default"]}
 
 
 def killed_at_random(runs, child: harness.Child, logs: Path, moments: random.Random) -> bool:
