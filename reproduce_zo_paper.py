@@ -233,6 +233,7 @@ class Config:
         "queries (directions) a step, two forward passes each. 0: nothing is measured, and what is known without is applied: "
         "the gradient of --head closed_form, the guess of --direction feedback",
         least=0,
+        shown="8; 2 with feedback",
     )
     epsilon: float = flag(
         1e-3, "Zeroth order", "how far a query moves the weights, in units of z", shown="0.001; 0.003 with --dtype bfloat16"
@@ -395,20 +396,15 @@ def build_parser() -> Parser:
 
 # By the error of c over epsilon, which ZO_OPTIMIZATION_README.md tabulates: rounding (1/epsilon) against bias (epsilon^2).
 DEFAULT_EPSILON = {"float32": 1e-3, "bfloat16": 3e-3}
-FEEDBACK_RANK = 16
+FEEDBACK = {"direction": "feedback", "query_budget_q": 2, "rank": 16, "optimizer": "adam"}
 NO_VALUE = "\\0"  # stands for a value that was left out: no shell can give it
 
 
 def fitting_defaults(values: dict) -> dict:
     """The defaults that follow from other flags."""
     direction = values.get("direction", "feedback" if values.get("mode", "ZO") == "ZO" else "gaussian")
-    feedback = direction == "feedback"
-    return {
-        "epsilon": DEFAULT_EPSILON[values.get("dtype", "float32")],
-        "direction": direction,
-        "rank": FEEDBACK_RANK if feedback else 1,
-        "optimizer": "adam" if feedback else "sgd",
-    }
+    epsilon = DEFAULT_EPSILON[values.get("dtype", "float32")]
+    return {"epsilon": epsilon, "direction": direction, **(FEEDBACK if direction == "feedback" else {})}
 
 
 def convert(field: dataclasses.Field, text: str):
@@ -1158,34 +1154,39 @@ def output_error(
     and y the one-hot target: `inside` = delta^T x [V, m] for x [S, m], and if asked `back` = delta W [S, n].
 
     With x = h, `inside` is the gradient of the output layer's weight W, exactly, since the logits h W^T are linear in it;
-    `back` is the gradient in h. h [1, S, n], targets int64 [1, S]; a tile of the logits at a time, in W's dtype. Slabs
-    add to `back` one after the other, in a fixed order.
+    `back` is the gradient in h. h [1, S, n], targets int64 [1, S]; a tile of the logits at a time, in W's dtype. A
+    worker's slab has its own part of `back`, and parts are added in the order of the slabs, however many workers there are.
     """
     dtype = tiles.head.weight.dtype
     inside = torch.zeros(len(tiles.head.weight), x.shape[1], dtype=dtype, device=h.device)
-    parts = torch.zeros(tiles.slab_count if back else 0, *h[0].shape, dtype=dtype, device=h.device)
+    total, *parts = torch.zeros(1 + workers.count if back else 1, *h[0].shape, dtype=dtype, device=h.device)
     normalizer, picked = log_normalizers(h, targets, tiles, workers)
     counted = targets[0] != IGNORE_INDEX
     share = counted.to(dtype) / counted.sum()
     loss = torch.where(counted, normalizer - picked, 0.0).sum().item() / counted.sum().item()
     normalizer, x = normalizer[0].to(dtype), x.to(dtype)
 
-    def tile(slab_index: int, rows: slice, span: slice, weight, bias, low) -> None:
+    def tile(part: torch.Tensor | None, rows: slice, span: slice, weight, bias, low) -> None:
         delta = tile_logits(h[0, span], weight, bias, low, workers).sub_(normalizer[span, None]).exp_()
         within, local = inside_tile(targets[0, span], rows)
         delta[within, local[within]] -= 1.0
         delta = delta.mul_(share[span, None]).to(dtype)
         inside[rows].addmm_(delta.T, x[span])
-        if back:
-            parts[slab_index, span].addmm_(delta, weight.to(dtype))
+        if part is not None:
+            part[span].addmm_(delta, weight.to(dtype))
 
-    def work(slab) -> None:
+    def work(item) -> None:
+        slab, part = item
         for rows, [(_, weight, bias, low)] in tiles.weights(slab):
             for span in token_spans(h):
-                tile(slab[0], rows, span, weight, bias, low)
+                tile(part, rows, span, weight, bias, low)
 
-    workers.each(work, tiles.slabs)
-    return OutputError(loss, inside, parts.sum(0) if back else None)
+    for lo in range(0, tiles.slab_count, workers.count):
+        workers.each(work, zip(tiles.slabs[lo : lo + workers.count], parts or itertools.repeat(None)))
+        for part in parts:
+            total.add_(part)
+            part.zero_()
+    return OutputError(loss, inside, total if back else None)
 
 
 @dataclass
@@ -3111,7 +3112,7 @@ class Trainer:
         evaluations = 2 * (1 if config.query_data == "distinct" else config.query_budget_q)
         feedback, exact = config.direction == "feedback", config.head == "closed_form"
         evaluations += config.direction == "aligned" or feedback or exact  # the pass that shows layers' inputs
-        evaluations += feedback or exact  # for the products with the error of the logits, which cost less than a pass
+        evaluations += feedback + (feedback or exact)  # products with the logits' error, each for less than a pass
         return steps * batch, (3 * backward + evaluations * (steps - backward)) * batch
 
     def _row_scale(self) -> dict[int, torch.Tensor]:

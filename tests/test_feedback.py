@@ -124,9 +124,9 @@ def test_only_matrices_with_a_guess_move(runs):
 
 def test_it_is_the_default_and_the_papers_is_one_flag_away():
     ours, _ = zo.parse_config([])
-    assert (ours.direction, ours.optimizer, ours.rank) == ("feedback", "adam", 16)
+    assert (ours.direction, ours.optimizer, ours.rank, ours.query_budget_q) == ("feedback", "adam", 16, 2)
     paper, _ = zo.parse_config(["--direction", "gaussian"])
-    assert (paper.direction, paper.optimizer, paper.rank) == ("gaussian", "sgd", 1)
+    assert (paper.direction, paper.optimizer, paper.rank, paper.query_budget_q) == ("gaussian", "sgd", 1, 8)
     for mode in ("FO", "Instruct", "Calibrate"):
         more = ["--bp_interval", "5"] if mode != "FO" else []
         other, _ = zo.parse_config(["--mode", mode, *more])
@@ -158,7 +158,7 @@ def test_without_queries_nothing_but_the_exact_head_moves(runs):
 def test_every_pass_is_counted(runs, head, q):
     run = runs.train(**FLAGS, query_budget_q=q, head=head, max_steps=3)
     config = zo.read_config(run)
-    passes = 2 * q + 2
+    passes = 2 * q + 3
     assert int(harness.metrics(run)[-1]["forward_tokens"]) == 3 * passes * config.batch_size * config.block_size
 
 

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The runs of RESULTS.md. `experiments/results.sh tiny` and `experiments/results.sh 20M` make them, one after the other, in
+# logs/results (LOG_DIR); a run that is there is left alone. ONLY=PATTERN limits them to names that match; THREADS=N is for
+# two of these side by side.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+size=${1:?tiny or 20M}
+logs=${LOG_DIR:-logs/results}
+
+run() { # run NAME FLAGS...
+    local name=$1
+    shift
+    [[ $name =~ ${ONLY:-.} ]] || return 0
+    compgen -G "$logs/${name}_2*/finished.json" > /dev/null && return 0
+    echo "== $name"
+    python reproduce_zo_paper.py --run_name "$name" --log_dir "$logs" --model_size "$size" --max_samples 4000 --epochs 99 \
+        --save_interval 100000 ${THREADS:+--num_threads "$THREADS"} "$@"
+}
+
+cosine="--use_lr_scheduler"
+if [[ $size == tiny ]]; then
+    for seed in 0 1 2; do
+        every="--seed $seed --eval_interval 25"
+        run "feedback_$seed" $every $cosine --max_steps 837
+        run "feedback_head_$seed" $every $cosine --head closed_form --max_steps 1674
+        run "head_alone_$seed" $every $cosine --head closed_form --direction gaussian --query_budget_q 0 --max_steps 2500
+        run "unmeasured_head_$seed" $every $cosine --head closed_form --query_budget_q 0 --max_steps 1953
+    done
+    for rate in 1e-3 3e-3; do
+        run "gaussian_$rate" --direction gaussian --query_budget_q 8 --learning_rate $rate --max_steps 488 --eval_interval 25
+    done
+    run "backpropagation" --mode FO --optimizer adam $cosine --max_steps 1953 --eval_interval 25
+else
+    first="--mode ZO --query_budget_q 4 --batch_size 4 --learning_rate 1e-3"
+    run "feedback_0" $first --seed 0 --max_steps 355 --eval_interval 10
+    run "feedback_1" $first --seed 1 --max_steps 178 --eval_interval 10
+    run "feedback_2" $first --seed 2 --max_steps 178 --eval_interval 10
+    for rate in 3e-4 3e-3; do
+        run "gaussian_short_$rate" --direction gaussian --query_budget_q 4 --learning_rate $rate --max_steps 40 --eval_interval 10
+    done
+    run "gaussian" --direction gaussian --query_budget_q 4 --learning_rate 1e-3 --max_steps 488 --eval_interval 20
+fi
