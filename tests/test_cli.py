@@ -49,7 +49,7 @@ def test_help_has_every_flag_in_its_group_with_its_default(field, help_sections)
     (entry,) = [entry for entry in entries if re.match(rf"\s*--{field.name}\b", entry)]
     assert " ".join(field.metadata["help"].split()) in " ".join(entry.split())
     if field.default not in (None, False):
-        assert f"(default: {field.default})" in entry
+        assert f"(default: {field.metadata.get('shown', field.default)})" in " ".join(entry.split())
     for choice in field.metadata.get("choices", ()):
         assert choice in entry
 
@@ -109,8 +109,8 @@ def faults(errors, tmp_path):
         (["--model_size", "20m"], r"--model_size 20m: .*did you mean 20M"),
         (["--optimizer", "adamw"], r"--optimizer adamw: .*did you mean"),
         (["--scope", "part"], r"--scope part: .*full, reduced"),
-        (["--query_budget_q", "0"], r"--query_budget_q 0: must be at least 1"),
-        (["--query_budget_q", "-3"], r"--query_budget_q -3: must be at least 1"),
+        (["--query_budget_q", "0", "--direction", "gaussian"], r"--query_budget_q 0: only for .*--head closed_form"),
+        (["--query_budget_q", "-3"], r"--query_budget_q -3: must be at least 0"),
         (["--query_budget_q", "2.5"], r"--query_budget_q 2.5: not a whole number"),
         (["--epsilon", "0"], r"--epsilon 0: must be above 0"),
         (["--epsilon", "-1"], r"--epsilon -1: must be above 0"),
@@ -181,8 +181,8 @@ def test_every_fault_is_reported_at_once(faults):
 
 @pytest.mark.parametrize("words", [["--epsilon"], ["--epsilon", "--use_lr_scheduler"], ["--epsilon", "-1e-3"]], ids=" ".join)
 def test_a_missing_value_hides_no_other_fault(faults, words):
-    lines = faults("--query_budget_q", "0", *words)
-    assert any("--query_budget_q 0" in line for line in lines), lines
+    lines = faults("--query_budget_q", "-1", *words)
+    assert any("--query_budget_q -1" in line for line in lines), lines
     assert any("--epsilon" in line for line in lines), lines
 
 
