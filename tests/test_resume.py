@@ -228,6 +228,31 @@ def test_a_kill_between_any_two_storage_calls_of_a_checkpoint_loses_nothing(runs
         assert harness.differences(whole, run) == [], f"storage call {number}"
 
 
+def test_what_a_power_cut_could_take_is_on_the_disk_before_a_checkpoint_has_its_name(runs, monkeypatch):
+    """Every file as it is, then the folder, then the name, then the folder that holds the name."""
+    flushed, named, flush, rename = [], [], zo.flush, Path.rename
+
+    def seen(path: Path) -> None:
+        flush(path)
+        flushed.append((path, path.read_bytes() if path.is_file() else sorted(path.iterdir())))
+
+    def renaming(path: Path, target: Path) -> Path:
+        if path.is_dir():
+            held = {entry: entry.read_bytes() for entry in path.iterdir()}
+            on_disk = dict(flushed)
+            assert {entry: on_disk.get(entry) for entry in held} == held
+            assert flushed[-1] == (path, sorted(held))
+            named.append((target, len(flushed)))
+        return rename(path, target)
+
+    monkeypatch.setattr(zo, "flush", seen)
+    monkeypatch.setattr(Path, "rename", renaming)
+    runs.train(max_steps=4, save_interval=2)
+    checkpoints = [(target, after) for target, after in named if target.name.startswith("step_")]
+    assert len(checkpoints) == 2
+    assert all(flushed[after][0] == target.parent for target, after in checkpoints)
+
+
 # ---- signals ---------------------------------------------------------------------------------------------------------
 
 
