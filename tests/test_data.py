@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -193,6 +194,66 @@ def test_local_files(tmp_path, name):
     corpus = corpus_of(config_of(tmp_path, dataset=str(tmp_path / name), max_samples=100))
     assert texts_in(corpus, "train") == [text for text in texts[:100] if not zo.is_validation(text)]
     assert texts_in(corpus, "validation") == [text for text in texts[:100] if zo.is_validation(text)]
+
+
+@pytest.mark.parametrize("compression", ["gzip", "bz2", "lzma"])
+def test_a_compressed_file_and_another_column(tmp_path, compression):
+    texts = sentences(100)
+    name = tmp_path / f"a.jsonl.{ {'gzip': 'gz', 'bz2': 'bz2', 'lzma': 'xz'}[compression] }"
+    with importlib.import_module(compression).open(name, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"id": i, "story": text}) + "\n" for i, text in enumerate(texts))
+    corpus = corpus_of(config_of(tmp_path, dataset=str(name), text_column="story"))
+    assert texts_in(corpus, "train") == [text for text in texts if not zo.is_validation(text)]
+    with pytest.raises(zo.UsageError, match=r"no text in column 'text'; its columns are id, story; choose with --text_column"):
+        corpus_of(config_of(tmp_path, dataset=str(name)))
+
+
+def test_a_folder_of_files_in_the_order_of_their_names(tmp_path):
+    texts = sentences(120)
+    (tmp_path / "set" / "more").mkdir(parents=True)
+    write(tmp_path / "set" / "b.jsonl", texts[60:])
+    write(tmp_path / "set" / "a.jsonl", texts[:30])
+    write(tmp_path / "set" / "more" / "c.jsonl", [])
+    write(tmp_path / "set" / "a2.jsonl", texts[30:60])
+    (tmp_path / "set" / "README.md").write_text("not data")
+    corpus = corpus_of(config_of(tmp_path, dataset=str(tmp_path / "set")))
+    assert texts_in(corpus, "train") == [text for text in texts if not zo.is_validation(text)]
+
+
+def test_a_folder_of_several_formats_or_none_is_refused(tmp_path):
+    write(tmp_path / "a.jsonl", sentences(10))
+    write(tmp_path / "b.csv", sentences(10))
+    (tmp_path / "none").mkdir()
+    for folder, words in ((tmp_path, "several formats"), (tmp_path / "none", "must be a non-empty file")):
+        (line,) = zo.dataset_faults(zo.Config(dataset=str(folder)))
+        assert words in line
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00binary\x81", b"\x1f\x8b\x08 no gzip"], ids=["not UTF-8", "no gzip"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.parquet", "a.jsonl.gz"])
+def test_a_file_that_is_something_else_is_one_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content * 20)
+    with pytest.raises(zo.UsageError) as failure:
+        corpus_of(config_of(tmp_path, dataset=str(tmp_path / name)))
+    assert "\n" not in str(failure.value)
+    assert str(tmp_path / name) in str(failure.value)
+
+
+def test_any_hub_id_with_its_configuration_and_split(monkeypatch):
+    asked = []
+    monkeypatch.setattr(zo.datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or iter([{"body": "a story"}]))
+    flags = ["--dataset", "someone/stories", "--dataset_config", "en", "--dataset_split", "dev", "--text_column", "body"]
+    config, _ = zo.parse_config(flags)
+    assert config.samples == zo.HUB_SAMPLES
+    assert list(zo.documents(config)) == ["a story"]
+    assert asked == [(("someone/stories", "en"), {"split": "dev", "streaming": True})]
+
+
+def test_flags_of_other_sources_are_refused(tmp_path):
+    write(tmp_path / "a.jsonl", sentences(10))
+    for dataset, flag in (("embedded", "text_column"), ("embedded", "dataset_split"), (tmp_path / "a.jsonl", "dataset_config")):
+        with pytest.raises(zo.UsageError, match=rf"--{flag}: has no effect without"):
+            zo.parse_config(["--dataset", str(dataset), f"--{flag}", "x"])
 
 
 def test_a_local_file_is_used_whole_by_default(tmp_path):
