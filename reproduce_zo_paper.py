@@ -2452,14 +2452,14 @@ def wrapped_tokenizer(tokenizer: tokenizers.Tokenizer) -> transformers.PreTraine
     )
 
 
-def loaded_tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer from a folder or the hub."""
+def loaded_tokenizer(flag: str, name: str) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer from a folder or the hub, where the flag's value says."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UsageError(f"tokenizer {name}: neither gpt2, bpe:N, nor a tokenizer that loads: {first_line(error)}") from error
+        raise UsageError(f"{flag} {name}: no tokenizer that loads: {first_line(error)}") from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise UsageError(f"tokenizer {name}: must be a fast tokenizer with an end-of-text token")
+        raise UsageError(f"{flag} {name}: must be a fast tokenizer with an end-of-text token")
     return tokenizer
 
 
@@ -2532,7 +2532,11 @@ def prepare_corpus(config: Config, device: torch.device, say: Callable[[str], No
     It is written beside its place and renamed when whole, so a killed or a second process at once does no harm.
     """
     name = config.tokenizer_name
-    given = None if name == "gpt2" or name.startswith("bpe:") else loaded_tokenizer(name)
+    given = (
+        None
+        if name == "gpt2" or name.startswith("bpe:")
+        else loaded_tokenizer("--tokenizer" if config.tokenizer else "--init_from", name)
+    )
     identity = given.backend_tokenizer.to_str() if given else name
     key = hashlib.sha256(json.dumps([TOKEN_FORMAT, dataset_identity(config), identity]).encode()).hexdigest()[:20]
     folder = config.cache / f"tokens-{key}"
