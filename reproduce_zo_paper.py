@@ -997,25 +997,26 @@ class Aligned:
         return self.other.square(tensor) if basis is None else float(tensor.rows * basis.shape[1])
 
 
+FEEDBACK_MEMORY = 0.95  # of the running mean of measured shares, a step
 FEEDBACK_NORM = 10.0  # of a matrix' direction: epsilon times it is small beside any layer's weights, and far above rounding
 
 
 class Feedback:
-    """Directions that are a guess of the gradient, but for their size: z = xi s E Q^T on a matrix, xi = +-1 at random.
+    """Directions that are a guess of the gradient, but for their size: z = xi N G / ||G|| on a matrix, xi = +-1 at random.
 
     The gradient of y = x W^T is delta^T x. At the output layer delta is p - y, softmax less target, which any forward
     pass shows. A layer that writes to the residual stream reaches the output layer along the stream: with what lies
     between them taken for the identity, its delta is (p - y) W_output (feedback alignment of Lillicrap et al. 2016 and
     Nokland 2016, by true weights instead of random ones). For these matrices `guess` holds E = delta^T x Q [rows, k] and
-    Q [columns, k], the leading directions of x; s makes every ||z|| the same. With D = s E Q^T, E[vec z vec z^T] is
-    vec D vec D^T: one number a matrix is measured, the gradient's component along the guess.
+    Q [columns, k], the leading directions of x, and G = E Q^T. E[vec z vec z^T] is N^2 times the projection on G: one
+    number a matrix is measured, the gradient's component along the guess.
     """
 
-    gain = 1.0
+    gain = FEEDBACK_NORM**2
     largest = FEEDBACK_NORM
 
-    def __init__(self, guess: dict[int, tuple[torch.Tensor, torch.Tensor]], taken: bool = False):
-        self.guess, self.taken = guess, taken  # taken at its word: z is the guess itself
+    def __init__(self, guess: dict[int, tuple[torch.Tensor, torch.Tensor]]):
+        self.guess = guess
 
     def low_rank(self, tensor: Tensor) -> bool:
         return True
@@ -1023,15 +1024,48 @@ class Feedback:
     def direction(self, tensor: Tensor, at: Coordinates) -> LowRankDirection:
         """The direction of one query on one tensor."""
         left, basis = self.guess[tensor.index]
-        if self.taken:
-            return LowRankDirection(left, basis, tensor)
-        xi = torch.empty(1, device=left.device)
-        fill_signs(xi, stream(left.device, at.seed, PURPOSE_DIRECTION, at.step, at.query, tensor.index, 0))
-        norm = torch.linalg.vector_norm(left).clamp(min=torch.finfo(left.dtype).tiny)
-        return LowRankDirection(left * (xi * FEEDBACK_NORM / norm), basis, tensor)
+        return LowRankDirection(left * (self.sign(tensor, at) * (FEEDBACK_NORM / self.norm(tensor))), basis, tensor)
+
+    def sign(self, tensor: Tensor, at: Coordinates) -> torch.Tensor:
+        """xi, [1]."""
+        xi = torch.empty(1, device=tensor.parameter.device)
+        fill_signs(xi, stream(xi.device, at.seed, PURPOSE_DIRECTION, at.step, at.query, tensor.index, 0))
+        return xi
+
+    def norm(self, tensor: Tensor) -> float:
+        """||G||, not 0: Q is orthonormal."""
+        return max(torch.linalg.vector_norm(self.guess[tensor.index][0]).item(), 1e-30)
 
     def square(self, tensor: Tensor) -> float:
-        return torch.linalg.vector_norm(self.guess[tensor.index][0]).item() ** 2 if self.taken else FEEDBACK_NORM**2
+        return FEEDBACK_NORM**2
+
+    def shares(self, tensors: list[Tensor], at: list[Coordinates], projected_grads: np.ndarray) -> np.ndarray:
+        """How much of the guess the queries found to be right, for each tensor: share * G is the estimate of the
+        gradient's projection on G. (1/q) sum_i c_i xi_i / (N ||G||), float64 [tensors]; c float64 [q], NaN: dropped.
+        """
+        signs = torch.cat([self.sign(tensor, query) for query in at for tensor in tensors]).double().cpu().numpy()
+        along = np.nanmean(projected_grads[:, None] * signs.reshape(len(at), len(tensors)), 0)
+        return along / (FEEDBACK_NORM * np.array([self.norm(tensor) for tensor in tensors]))
+
+
+class Share:
+    """The guess times a number for each tensor, as what is to be applied: its `direction` is the same for any query."""
+
+    gain = 1.0
+
+    def __init__(self, family: Feedback, shares: np.ndarray):
+        self.family, self.shares = family, shares
+
+    def low_rank(self, tensor: Tensor) -> bool:
+        return True
+
+    def direction(self, tensor: Tensor, at: Coordinates) -> LowRankDirection:
+        """The guess of one tensor."""
+        left, basis = self.family.guess[tensor.index]
+        return LowRankDirection(left * float(self.shares[tensor.index]), basis, tensor)
+
+    def square(self, tensor: Tensor) -> float:
+        return (self.family.norm(tensor) * float(self.shares[tensor.index])) ** 2
 
 
 def aligned_largest(rank: int, row_scale: dict[int, torch.Tensor]) -> float:
@@ -1443,7 +1477,7 @@ class CannotBatch(RuntimeError):
 class Queries:
     """What a step asks: q directions at (seed, step), each measured at theta + epsilon z and theta - epsilon z."""
 
-    family: Isotropic | Aligned | Feedback | Guided
+    family: Isotropic | Aligned | Feedback | Share | Guided
     seed: int
     step: int
     q: int
@@ -2154,6 +2188,28 @@ class Optimizer:
                 optimizer.state[tensor.parameter] = entries
             for name in own:
                 del state[name]
+
+
+class RunningMean:
+    """An exponential moving average of vectors, without bias from its start (as in Adam, Kingma and Ba 2015)."""
+
+    def __init__(self, size: int, memory: float):
+        self.total, self.weight, self.memory = np.zeros(size), 0.0, memory
+
+    def update(self, value: np.ndarray) -> np.ndarray:
+        """The mean with one value more."""
+        self.total = self.memory * self.total + (1 - self.memory) * value
+        self.weight = self.memory * self.weight + (1 - self.memory)
+        return self.total / self.weight
+
+    def state(self) -> torch.Tensor:
+        return torch.tensor([self.weight, *self.total], dtype=torch.float64)
+
+    def load(self, state: torch.Tensor) -> None:
+        """Takes what `state` gave; ValueError where it is of another size."""
+        if state.shape != (1 + len(self.total),):
+            raise ValueError("the measured shares are of other tensors")
+        self.weight, self.total = state[0].item(), state[1:].numpy().copy()
 
 
 def estimator_norm(projected_grads: np.ndarray, square: float, gain: float) -> float:
@@ -3195,6 +3251,7 @@ class Trainer:
         self.exact_optimizer = Optimizer("adam", self.exact, config.weight_decay, outer, workers)
         self.group = query_group(config, model.config, self.device)
         self.guide: list[torch.Tensor] | None = None
+        self.shares = RunningMean(len(self.tensors), FEEDBACK_MEMORY)
         self.unigram = corpus.unigram_loss()
         self.head_index = next((tensor.index for tensor in self.tensors if tensor.parameter is head), None)
         self.row_scale = self._row_scale() if config.direction == "aligned" else {}
@@ -3260,7 +3317,7 @@ class Trainer:
             if self.exact or config.direction == "feedback":
                 error = self._output_error(seen, labels)
         if config.direction == "feedback":
-            family = Feedback(seen.guess(error, self.head_index), taken=config.query_budget_q == 0)
+            family = Feedback(seen.guess(error, self.head_index))
         elif config.direction == "aligned":
             family = Aligned(config.rank, seen.bases, self.row_scale)
         else:
@@ -3283,11 +3340,19 @@ class Trainer:
         record = known if known is not None else self._measure(queries, rate, grid, error)
         exact = [self._checked(error.inside, step)] if self.exact else []
         commit(record)
-        measured = record.projected_grads if queries.q else np.ones(1)  # no queries: what is known is taken at its word
-        self.optimizer.apply_estimate(queries, measured, record.learning_rate)
+        self._apply(queries, record)
         head_rate = self.config.head_learning_rate * schedule / self.config.learning_rate
         self.exact_optimizer.apply_gradient(exact, head_rate)
         return record
+
+    def _apply(self, queries: Queries, record: Record) -> None:
+        """The update of a step's record. How much of a guess is right changes slowly, and so is averaged over steps."""
+        family, c = queries.family, record.projected_grads
+        if isinstance(family, Feedback):
+            at = [queries.at(query) for query in range(queries.q)]
+            shares = self.shares.update(family.shares(self.tensors, at, c)) if at else np.ones(len(self.tensors))
+            queries, c = dataclasses.replace(queries, family=Share(family, shares)), np.ones(1)
+        self.optimizer.apply_estimate(queries, c, record.learning_rate)
 
     def _checked(self, gradient: torch.Tensor, step: int) -> torch.Tensor:
         norm = torch.linalg.vector_norm(gradient).item()
@@ -3323,7 +3388,8 @@ class Trainer:
         return record
 
     def _measure(self, queries: Queries, rate: float, grid: Grid, error: OutputError | None) -> Record:
-        square = sum(queries.family.square(tensor) for tensor in self.tensors)
+        family = queries.family if queries.q else Share(queries.family, np.ones(len(self.tensors)))
+        square = sum(family.square(tensor) for tensor in self.tensors)
         if queries.q == 0:
             if not math.isfinite(error.loss + square):
                 raise NonFiniteError(f"step {queries.step}: the loss is {error.loss:g}; nothing was updated; {LOWER_RATE}")
@@ -3371,6 +3437,8 @@ class Trainer:
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds beside the weights: the optimizers' state and the guide."""
         state = self.optimizer.state() | self.exact_optimizer.state()
+        if self.shares.weight:
+            state["feedback/shares"] = self.shares.state()
         if self.guide is not None:
             state |= {f"guide/{tensor.name}": part.contiguous() for tensor, part in zip(self.tensors, self.guide)}
         return state
@@ -3394,6 +3462,8 @@ class Trainer:
             guide = [state.pop(f"guide/{tensor.name}", None) for tensor in self.tensors]
             if all(part is not None for part in guide):
                 self.guide = [part.to(self.device) for part in guide]
+            if (shares := state.pop("feedback/shares", None)) is not None:
+                self.shares.load(shares)
             self.optimizer.load(state)
             self.exact_optimizer.load(state)
             if state:
