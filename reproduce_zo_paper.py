@@ -247,7 +247,7 @@ class Config:
         "queries (directions) a step, two forward passes each. 0: nothing is measured, and what is known without is applied: "
         "the gradient of --head closed_form, the guess of --direction feedback",
         least=0,
-        shown="8; 2 with feedback",
+        shown="8; 1 with feedback",
     )
     epsilon: float = flag(
         1e-3, "Zeroth order", "how far a query moves the weights, in units of z", shown="0.001; 0.003 with --dtype bfloat16"
@@ -425,7 +425,7 @@ def build_parser() -> Parser:
 
 # By the error of c over epsilon, which ZO_OPTIMIZATION_README.md tabulates: rounding (1/epsilon) against bias (epsilon^2).
 DEFAULT_EPSILON = {"float32": 1e-3, "bfloat16": 3e-3}
-FEEDBACK = {"direction": "feedback", "query_budget_q": 2, "rank": 16, "optimizer": "adam"}
+FEEDBACK = {"direction": "feedback", "query_budget_q": 1, "rank": 16, "optimizer": "adam"}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NO_VALUE = "\\0"  # stands for a value that was left out: no shell can give it
 

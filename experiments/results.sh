@@ -21,8 +21,8 @@ cosine="--use_lr_scheduler"
 if [[ $size == tiny ]]; then
     for seed in 0 1 2; do
         every="--seed $seed --eval_interval 25"
-        run "feedback_$seed" $every $cosine --max_steps 837
-        run "feedback_head_$seed" $every $cosine --head closed_form --max_steps 1674
+        run "feedback_$seed" $every $cosine --max_steps 1172
+        run "feedback_head_$seed" $every $cosine --head closed_form --max_steps 2344
         run "head_alone_$seed" $every $cosine --head closed_form --direction gaussian --query_budget_q 0 --max_steps 2500
         run "unmeasured_head_$seed" $every $cosine --head closed_form --query_budget_q 0 --max_steps 1953
     done
@@ -31,12 +31,13 @@ if [[ $size == tiny ]]; then
     done
     run "backpropagation" --mode FO --optimizer adam $cosine --max_steps 1953 --eval_interval 25
 else
-    first="--mode ZO --query_budget_q 4 --batch_size 4 --learning_rate 1e-3"
+    first="--mode ZO --query_budget_q 4 --batch_size 4 --learning_rate 1e-3 --parallel_q_computation"
     run "feedback_0" $first --seed 0 --max_steps 355 --eval_interval 10
-    run "feedback_1" $first --seed 1 --max_steps 178 --eval_interval 10
-    run "feedback_2" $first --seed 2 --max_steps 178 --eval_interval 10
+    run "feedback_1" $first --seed 1 --max_steps 100 --eval_interval 10
+    run "feedback_2" $first --seed 2 --max_steps 100 --eval_interval 10
+    many="--direction gaussian --query_budget_q 8 --parallel_q_computation"
     for rate in 3e-4 3e-3; do
-        run "gaussian_short_$rate" --direction gaussian --query_budget_q 4 --learning_rate $rate --max_steps 40 --eval_interval 10
+        run "gaussian_short_$rate" $many --learning_rate $rate --max_steps 20 --eval_interval 5
     done
-    run "gaussian" --direction gaussian --query_budget_q 4 --learning_rate 1e-3 --max_steps 488 --eval_interval 20
+    run "gaussian" $many --learning_rate 1e-3 --max_steps 244 --eval_interval 10
 fi

@@ -115,6 +115,44 @@ def test_the_signs_of_matrices_and_queries_are_independent(setting):
     assert np.all(np.abs((signs[1:] * signs[:-1]).mean(0)) < 5 / np.sqrt(asked.q))
 
 
+def test_shares_are_the_gradients_projection_on_the_guess(setting):
+    """Measured by many queries, they come to <gradient, G> / ||G||^2, whatever the guess is worth."""
+    objective, tensors, family, _ = setting
+    _, gradients = objective.gradient(IDS, IDS, tensors)
+    guesses = [left.double() @ basis.double().T for left, basis in (family.guess[tensor.index] for tensor in tensors)]
+    wanted = np.array([((g.view_as(G) * G).sum() / G.square().sum()).item() for g, G in zip(gradients, guesses)])
+    asked = queries(family, 400)
+    c = zo.projected_gradients(objective, tensors, lambda query: (IDS, IDS), asked, 40).projected_grads
+    shares = family.shares(tensors, [asked.at(query) for query in range(asked.q)], c)
+    norms = np.array([G.norm().item() for G in guesses])
+    error = np.sqrt(((wanted * norms) ** 2).sum() / asked.q) / norms
+    assert np.all(np.abs(shares - wanted) < 5 * error)
+    assert wanted[-1] == pytest.approx(shares[-1], rel=0.5)
+    dropped = np.where(np.arange(asked.q) % 2, np.nan, c)
+    assert np.all(np.isfinite(family.shares(tensors, [asked.at(query) for query in range(asked.q)], dropped)))
+
+
+def test_what_is_applied_is_the_share_of_the_guess(setting):
+    objective, tensors, family, _ = setting
+    shares = np.linspace(-1, 2, len(tensors))
+    outs = [torch.zeros_like(tensor.matrix) for tensor in tensors]
+    zo.add_directions(outs, tensors, queries(zo.Share(family, shares), 1), np.ones(1), objective.workers)
+    for out, tensor, share in zip(outs, tensors, shares):
+        left, basis = family.guess[tensor.index]
+        torch.testing.assert_close(out, share * left.double() @ basis.double().T, rtol=1e-5, atol=1e-9)
+
+
+def test_a_running_mean_has_no_bias_and_keeps_its_state():
+    mean = zo.RunningMean(2, 0.9)
+    assert mean.update(np.array([3.0, -1.0])) == pytest.approx([3.0, -1.0])
+    assert mean.update(np.array([3.0, 1.0])) == pytest.approx([3.0, (-0.9 + 1) / 1.9])
+    other = zo.RunningMean(2, 0.9)
+    other.load(mean.state())
+    assert np.array_equal(other.update(np.ones(2)), mean.update(np.ones(2)))
+    with pytest.raises(ValueError, match="other tensors"):
+        zo.RunningMean(3, 0.9).load(mean.state())
+
+
 def test_only_matrices_with_a_guess_move(runs):
     run = runs.train(**FLAGS, max_steps=3, save_interval=1, keep_checkpoints=9)
     first, last = (load_file(run / "checkpoints" / f"step_{step:08d}" / "model.safetensors") for step in (1, 3))
@@ -124,7 +162,7 @@ def test_only_matrices_with_a_guess_move(runs):
 
 def test_it_is_the_default_and_the_papers_is_one_flag_away():
     ours, _ = zo.parse_config([])
-    assert (ours.direction, ours.optimizer, ours.rank, ours.query_budget_q) == ("feedback", "adam", 16, 2)
+    assert (ours.direction, ours.optimizer, ours.rank, ours.query_budget_q) == ("feedback", "adam", 16, 1)
     paper, _ = zo.parse_config(["--direction", "gaussian"])
     assert (paper.direction, paper.optimizer, paper.rank, paper.query_budget_q) == ("gaussian", "sgd", 1, 8)
     for mode in ("FO", "Instruct", "Calibrate"):
