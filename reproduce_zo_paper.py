@@ -311,6 +311,9 @@ class Config:
     eval_interval: int = flag(100, "Evaluation", "steps between validations (the first and last step always)", least=1)
     eval_samples: int = flag(64, "Evaluation", "validation sequences used (fewer if there are fewer)", least=1)
 
+    prompt: str | None = flag(None, "Evaluation", "text that the model goes on from at the end of a run, into the log")
+    sample_interval: int | None = flag(None, "Evaluation", "steps between such samples (default: at the end alone)", least=1)
+
     save_interval: int = flag(500, "Checkpoints", "steps between checkpoints (there is always one at the end)", least=1)
     keep_checkpoints: int = flag(2, "Checkpoints", "newest checkpoints that are kept", least=1)
     resume: str | None = flag(
@@ -467,7 +470,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 # Flags that may differ when a run goes on, since they do not shape its result; and those that are not part of a run.
 FREE_FLAGS = {
     *("log_interval", "eval_interval", "save_interval", "keep_checkpoints", "num_threads", "epochs", "max_steps"),
-    *("log_dir", "debug", "cache_dir", "on_nonfinite", "parallel_batch_size"),
+    *("log_dir", "debug", "cache_dir", "on_nonfinite", "parallel_batch_size", "prompt", "sample_interval"),
 }
 ACTIONS = ("resume", "replay", "replay_step")
 
@@ -594,6 +597,7 @@ def useless_flags(config: Config, given: set[str]) -> list[str]:
         "min_lr": (config.use_lr_scheduler, "--use_lr_scheduler"),
         "guide_cosine": (config.mode == "Instruct", "--mode Instruct"),
         "rank": (config.direction in ("lowrank", "aligned", "feedback"), "--direction lowrank, aligned or feedback"),
+        "sample_interval": (config.prompt is not None, "--prompt"),
         "model_size": (config.init_from is None, "a new model (without --init_from)"),
         "text_column": (config.dataset != "embedded", "--dataset of a file, folder or hub set"),
         "dataset_config": (config.hub is not None, "--dataset of a hub set"),
@@ -681,7 +685,7 @@ def folder_faults(flag_name: str, folder: Path) -> list[str]:
 # No draw depends on what was drawn before it. A purpose and integer coordinates name every stream; torch's and
 # numpy's global generators are never touched. The purposes are part of the format: never renumber them.
 
-PURPOSE_INIT, PURPOSE_DIRECTION, PURPOSE_DATA, PURPOSE_BASIS = 1, 2, 3, 4
+PURPOSE_INIT, PURPOSE_DIRECTION, PURPOSE_DATA, PURPOSE_BASIS, PURPOSE_SAMPLE = 1, 2, 3, 4, 5
 
 # Elements of one block of a direction. Part of the format, per device type, since devices draw different numbers
 # from the same seed anyway: on a CPU a block and its scratch stay in the cache, on a GPU launches must be few.
@@ -2781,6 +2785,24 @@ def validation_loss(objective: Objective, corpus: Corpus) -> float:
     return total / len(rows)
 
 
+SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 48, 0.8
+
+
+def sample(model: torch.nn.Module, corpus: Corpus, prompt: str, step: int) -> str:
+    """The prompt and what the model goes on with: tokens drawn one by one, as a function of (seed, step) and the weights."""
+    tokenizer, device, size = corpus.tokenizer, corpus.device, corpus.config.block_size
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    generator = stream(torch.device("cpu"), corpus.config.seed, PURPOSE_SAMPLE, step)
+    for _ in range(SAMPLE_TOKENS):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids[-size:]], device=device), use_cache=False).logits[0, -1].cpu()
+        odds = torch.softmax(full_precision(logits)[: len(tokenizer)] / SAMPLE_TEMPERATURE, 0)
+        ids.append(int(torch.multinomial(odds, 1, generator=generator)))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids)
+
+
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Run directory: configuration, metrics, journal, checkpoints                                      │
 # └──────────────────────────────────────────────────────────────────────────────────────────────────┘
@@ -3434,6 +3456,11 @@ class Trainer:
         c[bad] = np.nan
         return c
 
+    def say_sample(self, done: int) -> None:
+        """What the model makes of --prompt after `done` steps."""
+        text = sample(self.model, self.corpus, self.config.prompt, done)
+        self.run.say(f"sample after step {done}: {json.dumps(text, ensure_ascii=False)}")
+
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds beside the weights: the optimizers' state and the guide."""
         state = self.optimizer.state() | self.exact_optimizer.state()
@@ -3639,6 +3666,8 @@ def loop(trainer: Trainer, journal: Journal, start: int, stop: Stop) -> int:
             progress.step(row, (trainer.tokens_seen(done)[1] - trainer.tokens_seen(clocked)[1]) / (done - clocked) / each, each)
             if done == known:
                 clock, clocked = time.perf_counter(), done  # replayed steps are no measure of those to come
+            if config.sample_interval and done % config.sample_interval == 0 and known < done < total:
+                trainer.say_sample(done)
             if done % config.save_interval == 0 and done > known:
                 trainer.save(done)
     except NonFiniteError:
@@ -3653,6 +3682,8 @@ def loop(trainer: Trainer, journal: Journal, start: int, stop: Stop) -> int:
     if done < total:
         run.say(f"stopped after step {done}; go on with: python {Path(__file__).name} --resume {run.path}")
         return 128 + stop.signal
+    if config.prompt is not None:
+        trainer.say_sample(done)
     for line in closing_lines(trainer, checkpoint, picture):
         run.say(line)
     with storing(run.path):

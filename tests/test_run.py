@@ -411,3 +411,28 @@ def test_bfloat16_computes_and_keeps_float32_weights(runs):
     run = runs.train(dtype="bfloat16", parallel_q_computation=True)
     weights = safetensors.torch.load_file(harness.last_checkpoint(run) / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
+def samples(run) -> list[str]:
+    return [line for line in (run / "train.log").read_text().splitlines() if "sample after step" in line]
+
+
+def test_samples_of_text_are_said_at_intervals_and_at_the_end(runs):
+    run = runs.train(prompt="The state of\nthe union", sample_interval=2, max_steps=4)
+    lines = samples(run)
+    assert [int(re.search(r"step (\d+)", line)[1]) for line in lines] == [2, 4]
+    assert all(r"The state of\nthe union" in line for line in lines)
+    again = runs.train("again", prompt="The state of\nthe union", sample_interval=2, max_steps=4)
+    assert [line.partition("sample")[2] for line in samples(again)] == [line.partition("sample")[2] for line in lines]
+
+
+def test_a_prompt_changes_no_result(runs):
+    plain, sampled = runs.train("plain"), runs.train("sampled", prompt="", sample_interval=1)
+    assert harness.differences(plain, sampled) == []
+    assert len(samples(sampled)) == 4
+
+
+def test_samples_without_a_prompt_are_refused(errors):
+    code, lines = errors(["--sample_interval", "3"])
+    assert code == 2
+    assert any("--sample_interval: has no effect without --prompt" in line for line in lines)
