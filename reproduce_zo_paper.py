@@ -257,7 +257,7 @@ class Config:
         "Zeroth order",
         "family of z. gaussian: the paper's. lowrank: A B^T on matrices, fastest when batched. aligned: A Q^T with Q the "
         "leading directions of each layer's inputs. feedback: a guess of the gradient, by the inputs and the error at the "
-        "output, times one random number a matrix; trains the output layer and the matrices that write to the residual "
+        "output, times a random sign a matrix; trains the output layer and the matrices that write to the residual "
         "stream, and learns in far fewer forward passes. The last two take one more pass a step",
         choices=("gaussian", "rademacher", "lowrank", "aligned", "feedback"),
         shown="feedback in ZO, else gaussian",
@@ -590,22 +590,28 @@ def action_faults(config: Config) -> list[str]:
     return faults
 
 
-def useless_flags(config: Config, given: set[str]) -> list[str]:
-    """Flags that were given and would silently do nothing."""
+def useless_flags(config: Config, given: set[str], faulty: set[str]) -> list[str]:
+    """Flags that were given and would silently do nothing; not where the flag that decides it is itself at fault."""
+    hub = ("dataset", config.hub is not None, "--dataset of a hub set")
     uses = {
-        "warmup_steps": (config.use_lr_scheduler, "--use_lr_scheduler"),
-        "min_lr": (config.use_lr_scheduler, "--use_lr_scheduler"),
-        "guide_cosine": (config.mode == "Instruct", "--mode Instruct"),
-        "rank": (config.direction in ("lowrank", "aligned", "feedback"), "--direction lowrank, aligned or feedback"),
-        "sample_interval": (config.prompt is not None, "--prompt"),
-        "model_size": (config.init_from is None, "a new model (without --init_from)"),
-        "text_column": (config.dataset != "embedded", "--dataset of a file, folder or hub set"),
-        "dataset_config": (config.hub is not None, "--dataset of a hub set"),
-        "dataset_split": (config.hub is not None, "--dataset of a hub set"),
-        "head_learning_rate": (config.head == "closed_form", "--head closed_form"),
-        "max_decrease": (config.optimizer == "sgd" and config.measures, "--optimizer sgd and a mode with queries"),
+        "warmup_steps": ("use_lr_scheduler", config.use_lr_scheduler, "--use_lr_scheduler"),
+        "min_lr": ("use_lr_scheduler", config.use_lr_scheduler, "--use_lr_scheduler"),
+        "guide_cosine": ("mode", config.mode == "Instruct", "--mode Instruct"),
+        "rank": ("direction", config.direction in ("lowrank", "aligned", "feedback"), "--direction lowrank, aligned or feedback"),
+        "query_data": ("query_budget_q", config.query_budget_q > 0 or config.query_data == "shared", "queries"),
+        "sample_interval": ("prompt", config.prompt is not None, "--prompt"),
+        "model_size": ("init_from", config.init_from is None, "a new model (without --init_from)"),
+        "text_column": ("dataset", config.dataset != "embedded", "--dataset of a file, folder or hub set"),
+        "dataset_config": hub,
+        "dataset_split": hub,
+        "head_learning_rate": ("head", config.head == "closed_form", "--head closed_form"),
+        "max_decrease": ("optimizer", config.optimizer == "sgd" and config.measures, "--optimizer sgd and a mode with queries"),
     }
-    return [f"--{name}: has no effect without {other}" for name, (used, other) in uses.items() if name in given and not used]
+    return [
+        f"--{name}: has no effect without {other}"
+        for name, (decides, used, other) in uses.items()
+        if name in given and not used and decides not in faulty
+    ]
 
 
 def validate(config: Config, given: set[str], faulty: set[str]) -> list[str]:
@@ -613,7 +619,7 @@ def validate(config: Config, given: set[str], faulty: set[str]) -> list[str]:
     faults = action_faults(config)
     if config.resume or config.replay:
         return faults  # the other flags are the run's own
-    faults += range_faults(config) + useless_flags(config, given)
+    faults += range_faults(config) + useless_flags(config, given, faulty)
     faults += dataset_faults(config) + tokenizer_faults(config.tokenizer_name)
     if config.run_name is not None and (not config.run_name or "/" in config.run_name or config.run_name.startswith(".")):
         faults.append(f"--run_name {config.run_name!r}: must be a plain name, without / or a leading dot")
@@ -1012,8 +1018,9 @@ class Feedback:
     pass shows. A layer that writes to the residual stream reaches the output layer along the stream: with what lies
     between them taken for the identity, its delta is (p - y) W_output (feedback alignment of Lillicrap et al. 2016 and
     Nokland 2016, by true weights instead of random ones). For these matrices `guess` holds E = delta^T x Q [rows, k] and
-    Q [columns, k], the leading directions of x, and G = E Q^T. E[vec z vec z^T] is N^2 times the projection on G: one
-    number a matrix is measured, the gradient's component along the guess.
+    Q [columns, k], the leading directions of x, and G = E Q^T. E[vec z vec z^T] is N^2 times the projection on G: the
+    gradient has one unknown number a matrix left, its component along the guess. A query measures the sum of them under
+    random signs.
     """
 
     gain = FEEDBACK_NORM**2
@@ -1021,6 +1028,8 @@ class Feedback:
 
     def __init__(self, guess: dict[int, tuple[torch.Tensor, torch.Tensor]]):
         self.guess = guess
+        norms = {index: torch.linalg.vector_norm(left).item() for index, (left, _) in guess.items()}  # Q is orthonormal
+        self.norms = {index: max(norm, 1e-30) for index, norm in norms.items()}
 
     def low_rank(self, tensor: Tensor) -> bool:
         return True
@@ -1028,17 +1037,13 @@ class Feedback:
     def direction(self, tensor: Tensor, at: Coordinates) -> LowRankDirection:
         """The direction of one query on one tensor."""
         left, basis = self.guess[tensor.index]
-        return LowRankDirection(left * (self.sign(tensor, at) * (FEEDBACK_NORM / self.norm(tensor))), basis, tensor)
+        return LowRankDirection(left * (self.sign(tensor, at) * (FEEDBACK_NORM / self.norms[tensor.index])), basis, tensor)
 
     def sign(self, tensor: Tensor, at: Coordinates) -> torch.Tensor:
         """xi, [1]."""
         xi = torch.empty(1, device=tensor.parameter.device)
         fill_signs(xi, stream(xi.device, at.seed, PURPOSE_DIRECTION, at.step, at.query, tensor.index, 0))
         return xi
-
-    def norm(self, tensor: Tensor) -> float:
-        """||G||, not 0: Q is orthonormal."""
-        return max(torch.linalg.vector_norm(self.guess[tensor.index][0]).item(), 1e-30)
 
     def square(self, tensor: Tensor) -> float:
         return FEEDBACK_NORM**2
@@ -1049,7 +1054,7 @@ class Feedback:
         """
         signs = torch.cat([self.sign(tensor, query) for query in at for tensor in tensors]).double().cpu().numpy()
         along = np.nanmean(projected_grads[:, None] * signs.reshape(len(at), len(tensors)), 0)
-        return along / (FEEDBACK_NORM * np.array([self.norm(tensor) for tensor in tensors]))
+        return along / (FEEDBACK_NORM * np.array([self.norms[tensor.index] for tensor in tensors]))
 
 
 class Share:
@@ -1069,7 +1074,7 @@ class Share:
         return LowRankDirection(left * float(self.shares[tensor.index]), basis, tensor)
 
     def square(self, tensor: Tensor) -> float:
-        return (self.family.norm(tensor) * float(self.shares[tensor.index])) ** 2
+        return (self.family.norms[tensor.index] * float(self.shares[tensor.index])) ** 2
 
 
 def aligned_largest(rank: int, row_scale: dict[int, torch.Tensor]) -> float:
@@ -1124,8 +1129,7 @@ class Guided:
         return GuidedDirection(self.base.direction(tensor, at), self.guide[tensor.index], self.along, self.across)
 
     def square(self, tensor: Tensor) -> float:
-        """Of all tensors together, exactly; a tensor's own part is as if the guide were spread evenly."""
-        return float(tensor.parameter.numel())
+        return self.across**2 * self.base.square(tensor) + (self.along * self.guide[tensor.index].norm().item()) ** 2
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -1136,7 +1140,7 @@ class Guided:
 
 TILE_TOKENS, TILE_VOCABULARY, SLAB_VOCABULARY = 512, 512, 2048  # a tile stays in a core's cache
 TILE_SCALE_ACCELERATOR = 16
-RESIDUAL_WRITERS = ("o_proj", "down_proj", "out_proj", "fc2", "dense_4h_to_h")  # Llama, Qwen, Mistral, OPT, GPT-NeoX
+RESIDUAL_WRITERS = ("o_proj", "down_proj", "out_proj", "fc2", "dense", "dense_4h_to_h")  # Llama, Qwen, Mistral, OPT, GPT-NeoX
 IGNORE_INDEX = -100  # a label that is not to be predicted, as everywhere in transformers
 
 
@@ -1259,11 +1263,12 @@ def output_error(
     """
     dtype = tiles.head.weight.dtype
     inside = torch.zeros(len(tiles.head.weight), x.shape[1], dtype=dtype, device=h.device)
-    total, *parts = torch.zeros(1 + workers.count if back else 1, *h[0].shape, dtype=dtype, device=h.device)
+    total = torch.zeros(h[0].shape, dtype=dtype, device=h.device) if back else None
+    parts = [torch.zeros_like(total) for _ in range(workers.count)] if back else []
     normalizer, picked = log_normalizers(h, targets, tiles, workers)
     counted = targets[0] != IGNORE_INDEX
     share = counted.to(dtype) / counted.sum()
-    loss = torch.where(counted, normalizer - picked, 0.0).sum().item() / counted.sum().item()
+    loss = (torch.where(counted, normalizer - picked, 0.0).sum() / counted.sum()).item()
     normalizer, x = normalizer[0].to(dtype), x.to(dtype)
 
     def tile(part: torch.Tensor | None, rows: slice, span: slice, weight, bias, low) -> None:
@@ -1281,12 +1286,13 @@ def output_error(
             for span in token_spans(h):
                 tile(part, rows, span, weight, bias, low)
 
-    for lo in range(0, tiles.slab_count, workers.count):
-        workers.each(work, zip(tiles.slabs[lo : lo + workers.count], parts or itertools.repeat(None)))
+    together = workers.count if back else tiles.slab_count
+    for lo in range(0, tiles.slab_count, together):
+        workers.each(work, zip(tiles.slabs[lo : lo + together], parts or itertools.repeat(None)))
         for part in parts:
             total.add_(part)
             part.zero_()
-    return OutputError(loss, inside, total if back else None)
+    return OutputError(loss, inside, total)
 
 
 @dataclass
@@ -3108,7 +3114,7 @@ def what_is_measured(config: Config, trainer: Trainer) -> str:
     if not config.measures:
         return "queries: none; what is known without them is applied as it is"
     if config.direction == "feedback":
-        return f"directions: {len(trainer.tensors)} matrices, the component of the gradient along a guess is measured on each"
+        return f"directions: a guess for each of {len(trainer.tensors)} matrices; how much of it is right is measured"
     if config.direction == "aligned":
         return f"directions: {config.rank} of every matrix' input directions, from each step's batch"
     return theory_line(config.query_budget_q, trainer.dimension)
@@ -3266,7 +3272,10 @@ class Trainer:
         named = [(tensor.name, tensor.parameter) for tensor in choose_scope(model, config.scope)]
         self.exact = trainable_tensors(pair for pair in named if exact and pair[1] is head)
         named = [pair for pair in named if not (exact and pair[1] is head)]
-        self.tensors = trainable_tensors(pair for pair in named if self._moves(pair[1]))
+        self.tensors = trainable_tensors(named if config.measures or not config.uses_queries else [])
+        if config.direction == "feedback":
+            guessed = {id(module.weight) for module in [self.objective.head, *self.objective.residual_writers()]}
+            self.tensors = trainable_tensors(pair for pair in named if id(pair[1]) in guessed)
         self.dimension = sum(tensor.parameter.numel() for tensor in self.tensors)
         outer = outer_parameters(model)
         self.optimizer = Optimizer(config.optimizer, self.tensors, config.weight_decay, outer, workers)
@@ -3280,12 +3289,6 @@ class Trainer:
         self.total = config.max_steps or config.epochs * corpus.blocks // config.batch_size
         self.before = float(run.rows[-1]["seconds"]) if run.rows else 0.0
         self.began = time.perf_counter()
-
-    def _moves(self, parameter: torch.nn.Parameter) -> bool:
-        """Whether the run's directions move a parameter: feedback ones only where the error is known or guessed."""
-        if self.config.direction != "feedback":
-            return self.config.query_budget_q > 0 or not self.config.uses_queries
-        return any(parameter is module.weight for module in [self.objective.head, *self.objective.residual_writers()])
 
     def seconds(self) -> float:
         """Seconds of training, of all sittings."""
@@ -3371,8 +3374,8 @@ class Trainer:
         """The update of a step's record. How much of a guess is right changes slowly, and so is averaged over steps."""
         family, c = queries.family, record.projected_grads
         if isinstance(family, Feedback):
-            at = [queries.at(query) for query in range(queries.q)]
-            shares = self.shares.update(family.shares(self.tensors, at, c)) if at else np.ones(len(self.tensors))
+            shares = self._shares(queries, c)
+            shares = self.shares.update(shares) if queries.q else shares
             queries, c = dataclasses.replace(queries, family=Share(family, shares)), np.ones(1)
         self.optimizer.apply_estimate(queries, c, record.learning_rate)
 
@@ -3384,7 +3387,7 @@ class Trainer:
 
     def settle(self, step: int) -> Grid | None:
         """Puts the weights on their grid, where queries are used; every step begins so, and every checkpoint is on it."""
-        if not self.config.uses_queries:
+        if not self.config.measures:
             return None
         try:
             return Grid(self.tensors, self.config.epsilon, self.largest_z(), self.workers)
@@ -3410,20 +3413,19 @@ class Trainer:
         return record
 
     def _measure(self, queries: Queries, rate: float, grid: Grid, error: OutputError | None) -> Record:
-        family = queries.family if queries.q else Share(queries.family, np.ones(len(self.tensors)))
-        square = sum(family.square(tensor) for tensor in self.tensors)
         if queries.q == 0:
-            if not math.isfinite(error.loss + square):
+            norm = self._estimate_norm(queries, np.empty(0))
+            if not math.isfinite(error.loss + norm):
                 raise NonFiniteError(f"step {queries.step}: the loss is {error.loss:g}; nothing was updated; {LOWER_RATE}")
-            return Record(queries.step, rate, error.loss, math.sqrt(square), False, np.empty(0))
+            return Record(queries.step, rate, error.loss, norm, False, np.empty(0))
         input_ids = self.corpus.batch(queries.step)
         batch = query_batch(input_ids, input_ids, queries.q, self.config.query_data)
         while True:
             try:
                 estimate = projected_gradients(self.objective, self.tensors, batch, queries, self.group, grid)
                 break
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or self.group == 0:
+            except RuntimeError as failure:
+                if not is_out_of_memory(failure) or self.group == 0:
                     raise
                 self.group //= 2
                 how = f"{self.group} queries in one forward pass" if self.group else "one query after the other"
@@ -3432,13 +3434,27 @@ class Trainer:
                 torch.cuda.empty_cache()
         c = self._finite(queries.step, estimate)
         kept = np.isfinite(c)
-        norm = estimator_norm(c[kept], square, queries.family.gain)
+        norm = self._estimate_norm(queries, c)
         if not max(1.0, rate) * abs(c[kept]).sum() * queries.family.largest < LARGEST_UPDATE:
             raise NonFiniteError(f"step {queries.step}: the update would overflow (|g| is about {norm:.1e}); {LOWER_RATE}")
         if self.config.optimizer == "sgd":
             decay = rate / self.config.learning_rate
             rate = trusted_rate(rate, c[kept], decay * self.config.max_decrease, queries.family.gain)
         return Record(queries.step, rate, float(estimate.losses[kept].mean()), norm, False, c)
+
+    def _estimate_norm(self, queries: Queries, c: np.ndarray) -> float:
+        """||g|| of a step's estimate, before it is averaged with those of other steps."""
+        family = queries.family
+        if isinstance(family, Feedback):
+            share = Share(family, self._shares(queries, c))
+            return math.sqrt(sum(share.square(tensor) for tensor in self.tensors))
+        square = sum(family.square(tensor) for tensor in self.tensors)
+        return estimator_norm(c[np.isfinite(c)], square, family.gain) if queries.q else 0.0
+
+    def _shares(self, queries: Queries, c: np.ndarray) -> np.ndarray:
+        """What a step's queries say of each guess; all of it where there are none."""
+        at = [queries.at(query) for query in range(queries.q)]
+        return queries.family.shares(self.tensors, at, c) if at else np.ones(len(self.tensors))
 
     def _finite(self, step: int, estimate: Estimate) -> np.ndarray:
         """The projected gradients; a query that is not finite stops the run, or is dropped (NaN) where that is allowed."""
@@ -3487,7 +3503,7 @@ class Trainer:
                         raise ValueError(f"{name} has another shape")
                     parameter.copy_(weights[name])
             guide = [state.pop(f"guide/{tensor.name}", None) for tensor in self.tensors]
-            if all(part is not None for part in guide):
+            if guide and all(part is not None for part in guide):
                 self.guide = [part.to(self.device) for part in guide]
             if (shares := state.pop("feedback/shares", None)) is not None:
                 self.shares.load(shares)
@@ -3551,7 +3567,7 @@ def opening_lines(trainer: Trainer) -> list[str]:
             lines.append(f"queries: {config.query_budget_q} a step, {config.direction}, {config.query_data} data, {how}")
         lines.append(what_is_measured(config, trainer))
     if trainer.exact:
-        lines.append(f"head: gradient in closed form, AdamW at {config.head_learning_rate:g}; the queries are for the rest")
+        lines.append(f"head: gradient in closed form, AdamW at {config.head_learning_rate:g}")
     if config.mode == "Instruct":
         lines.append(f"guide: one gradient is kept, {trainer.dimension * 4 / 2**20:.1f} MiB")
     warning = rate_warning(config, trainer.dimension)

@@ -2,6 +2,8 @@
 
 import math
 
+import harness
+import numpy as np
 import pytest
 import torch
 
@@ -232,3 +234,33 @@ def test_blocks_cover_a_tensor_once(shape, small_blocks):
     assert covered == list(range(tensor.rows))
     assert tensor.rows * tensor.columns == tensor.parameter.numel()
     assert whole(FAMILIES["gaussian"], tensor).isfinite().all()
+
+
+def test_square_is_the_expected_square_of_a_direction():
+    """Of every family, on every tensor: the mean over many queries, to five times its standard error."""
+    model = harness.llama("float32")
+    tensors = zo.trainable_tensors(model.named_parameters())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        guide = [torch.randn(tensor.rows, tensor.columns) * (1 + tensor.index) for tensor in tensors]
+    whole = sum(part.square().sum() for part in guide).sqrt()
+    guide = [part / whole for part in guide]
+    bases = {
+        t.index: torch.linalg.qr(torch.ones(t.columns, 2) + torch.eye(t.columns, 2)).Q for t in tensors if t.parameter.ndim == 2
+    }
+    scale = torch.linspace(0.5, 2.0, 61)
+    scaled = {0: scale / scale.square().mean().sqrt()}
+    aligned = zo.Aligned(2, bases, scaled)
+    families = [zo.Isotropic(name, 2) for name in ("gaussian", "rademacher", "lowrank")] + [aligned]
+    families += [zo.Guided(family, guide, 0.5) for family in (zo.Isotropic("gaussian"), aligned)]
+    for family in families:
+        for tensor in tensors[:6]:
+            norms = []
+            for query in range(300):
+                out = torch.zeros(tensor.rows, tensor.columns)
+                direction = family.direction(tensor, zo.Coordinates(1, 2, query))
+                for block in tensor.blocks:
+                    direction.block(block, out[tensor.span(block)])
+                norms.append(out.square().sum().item())
+            error = np.std(norms) / len(norms) ** 0.5
+            assert abs(np.mean(norms) - family.square(tensor)) <= 5 * error + 1e-5 * family.square(tensor), (family, tensor.name)

@@ -4,6 +4,7 @@ import harness
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import reproduce_zo_paper as zo
@@ -46,6 +47,32 @@ def test_the_error_at_the_output_is_the_gradient_in_the_hidden_states(setting):
     (wanted,) = torch.autograd.grad(loss, states)
     torch.testing.assert_close(error.back, wanted[:, :-1].flatten(0, 1), rtol=1e-9, atol=1e-14)
     assert error.loss == pytest.approx(loss.item(), rel=1e-12)
+
+
+def test_many_slabs_give_the_same_error_to_the_bit_with_any_number_of_workers(monkeypatch):
+    model = harness.llama("float64", tied=False)
+    with torch.no_grad():
+        states = model.model(IDS).last_hidden_state
+    states.requires_grad_()
+    loss = torch.nn.functional.cross_entropy(model.lm_head(states)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    wanted, weight = torch.autograd.grad(loss, [states, model.lm_head.weight])
+    for name, value in (("SLAB_VOCABULARY", 7), ("TILE_VOCABULARY", 3), ("TILE_TOKENS", 4)):
+        monkeypatch.setattr(zo, name, value)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        try:
+            with zo.Workers(torch.device("cpu")) as workers:
+                objective = zo.Objective(model, workers)
+                h = states.detach()[:, :-1].flatten(0, 1)[None]
+                results.append(objective.output_error(zo.Seen({}, {}, h), IDS, h[0], back=True))
+        finally:
+            torch.set_num_threads(threads)
+    for error in results:
+        torch.testing.assert_close(error.back, wanted[:, :-1].flatten(0, 1), rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(error.inside, weight, rtol=1e-9, atol=1e-14)
+        assert torch.equal(error.back, results[0].back)
+        assert torch.equal(error.inside, results[0].inside)
 
 
 def test_the_guess_of_the_output_layer_is_its_gradient_within_the_leading_inputs(setting):
@@ -184,6 +211,52 @@ def test_its_run_is_resumed_and_replayed_bit_for_bit(runs, head, q):
     assert runs.replay(whole) == 0
 
 
+def moved(run, first: int, last: int) -> dict[str, torch.Tensor]:
+    """What changed from one checkpoint to another."""
+    before, after = (load_file(run / "checkpoints" / f"step_{step:08d}" / "model.safetensors") for step in (first, last))
+    return {name: after[name].double() - before[name].double() for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_the_norm_in_the_metrics_is_that_of_the_estimate(runs, monkeypatch):
+    monkeypatch.setattr(zo, "FEEDBACK_MEMORY", 0.0)
+    flags = FLAGS | {"optimizer": "sgd", "learning_rate": 1e-2, "max_decrease": 0, "query_budget_q": 3}
+    run = runs.train(**flags, max_steps=2, save_interval=1)
+    norm = sum(change.square().sum().item() for change in moved(run, 1, 2).values()) ** 0.5
+    assert norm / 1e-2 == pytest.approx(float(harness.metrics(run)[-1]["grad_norm"]), rel=1e-2)
+
+
+def test_without_queries_the_guess_is_followed_downhill_as_it_is(runs):
+    flags = FLAGS | {"optimizer": "sgd", "learning_rate": 0.5, "query_budget_q": 0}
+    run = runs.train(**flags, max_steps=2, save_interval=1)
+    changes = moved(run, 1, 2)
+    config = zo.read_config(run)
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step_00000001")
+    with zo.Workers(torch.device("cpu")) as workers:
+        corpus = zo.prepare_corpus(config, workers.device, print)
+        objective, ids = zo.Objective(model, workers), corpus.batch(1)
+        tensors = zo.trainable_tensors(covered(model))
+        seen = objective.see(ids, tensors, RANK, config.seed)
+        (head,) = [tensor.index for tensor in tensors if tensor.parameter is model.lm_head.weight]
+        error = objective.output_error(seen, ids, seen.h[0].float() @ seen.bases[head], back=True)
+        guess = seen.guess(error, head)
+    assert set(changes) == {tensor.name for tensor in tensors}
+    for tensor in tensors:
+        left, basis = guess[tensor.index]
+        wanted = -0.5 * (left @ basis.T).double()
+        assert (changes[tensor.name] - wanted).norm() < 1e-3 * wanted.norm()
+    assert float(harness.metrics(run)[-1]["val_loss"]) < float(harness.metrics(run)[0]["val_loss"])
+
+
+def test_a_run_without_queries_is_resumed(runs):
+    flags = {"query_budget_q": 0, "head": "closed_form", "direction": "gaussian"}
+    whole = runs.train("whole", **flags, max_steps=4)
+    run = runs.train("logs", **flags, max_steps=4, save_interval=2)
+    harness.damage(harness.last_checkpoint(run) / "model.safetensors", "flipped")
+    (run / "finished.json").unlink()
+    assert runs.resume(run) == 0
+    assert harness.differences(whole, run) == []
+
+
 def test_without_queries_nothing_but_the_exact_head_moves(runs):
     flags = {"query_budget_q": 0, "head": "closed_form", "direction": "gaussian", "keep_checkpoints": 9}
     run = runs.train(**flags, max_steps=3, save_interval=1)
@@ -206,6 +279,7 @@ def test_every_pass_is_counted(runs, head, q):
         ({"mode": "Calibrate", "bp_interval": 2, "direction": "feedback"}, "--direction feedback: only --mode ZO"),
         ({"query_budget_q": 0, "direction": "gaussian"}, "--query_budget_q 0: only for"),
         ({"query_budget_q": 0, "mode": "FO"}, "--query_budget_q 0: only for"),
+        ({"query_budget_q": 0, "query_data": "distinct"}, "--query_data: has no effect without queries"),
         ({"query_budget_q": 0, "optimizer": "sgd", "max_decrease": 0.1}, "--max_decrease: has no effect"),
     ],
 )
