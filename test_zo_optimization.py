@@ -436,10 +436,23 @@ def classical_losses(bench: Bench, epsilon: float = 1e-3) -> None:
     del gradients
 
 
+def feedback_losses(bench: Bench, rank: int = 16) -> None:
+    """A step's pass, its guess, and one query along it, in place."""
+    objective, head = bench.objective, bench.objective.head.weight
+    guessed = {id(head)} | {id(module.weight) for module in objective.residual_writers()}
+    tensors = zo.trainable_tensors((tensor.name, tensor.parameter) for tensor in bench.tensors if id(tensor.parameter) in guessed)
+    (index,) = [tensor.index for tensor in tensors if tensor.parameter is head]
+    seen = objective.see(bench.ids, tensors, rank, 0)
+    error = objective.output_error(seen, bench.ids, seen.h[0].float() @ seen.bases[index], back=True)
+    queries = bench.queries(zo.Feedback(seen.guess(error, index)), 1)
+    zo.projected_gradients(objective, tensors, bench.batch, queries)
+
+
 MEMORY_GROUP = 4
 MEMORY_OPERATIONS = (
     "forward",
     "in place",
+    "feedback",
     "batched by 4",
     "low rank by 4",
     "sgd",
@@ -464,6 +477,8 @@ def memory_operation(name: str, bench: Bench) -> Callable[[], None]:
         return lambda: bench.loss()
     if name == "classical":
         return lambda: classical_losses(bench)
+    if name == "feedback":
+        return lambda: feedback_losses(bench)
     if name == "in place":
         return lambda: bench.estimate(bench.queries(FAMILIES["gaussian"], 1))
     if name in ("batched by 4", "low rank by 4"):
