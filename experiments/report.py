@@ -29,7 +29,7 @@ class Run:
 
     def __init__(self, folder: Path):
         self.name = re.sub(r"_\d{8}_\d{6}$", "", folder.name)
-        self.kind = re.sub(r"(_short)?(_\d|_\de-\d)?$", "", self.name)
+        self.kind = re.sub(r"(_short|_long)?(_\d|_\de-\d)?$", "", self.name)
         with open(folder / "metrics.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["val_loss"]]
         self.tokens = np.array([float(row["forward_tokens"]) for row in rows])

@@ -26,9 +26,11 @@ if [[ $size == tiny ]]; then
         run "head_alone_$seed" $every $cosine --head closed_form --direction gaussian --query_budget_q 0 --max_steps 2500
         run "unmeasured_head_$seed" $every $cosine --head closed_form --query_budget_q 0 --max_steps 1953
     done
-    for rate in 1e-3 3e-3 1e-2; do
-        run "gaussian_$rate" --direction gaussian --query_budget_q 8 --learning_rate $rate --max_steps 488 --eval_interval 25
-    done
+    run "head_alone_long_0" $cosine --head closed_form --direction gaussian --query_budget_q 0 --max_steps 5859 --eval_interval 50
+    many="--direction gaussian --query_budget_q 8 --eval_interval 25"
+    run "gaussian_1e-3" $many --learning_rate 1e-3 --max_steps 488
+    run "gaussian_3e-3" $many --learning_rate 3e-3 --max_steps 488
+    run "gaussian_short_1e-2" $many --learning_rate 1e-2 --max_steps 122
     run "backpropagation" --mode FO --optimizer adam $cosine --max_steps 1953 --eval_interval 25
 else
     many="--direction gaussian --query_budget_q 8 --parallel_q_computation"
