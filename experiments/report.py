@@ -89,7 +89,7 @@ def draw(runs: list[Run], path: Path) -> None:
 
 def main(folder: str, picture: str) -> None:
     """Prints the tables and draws the picture."""
-    finished = sorted(path.parent for path in Path(folder).glob("*/finished.json"))
+    finished = sorted(path.parent for path in Path(folder).glob("*/*/finished.json"))
     order = list(KINDS)
     runs = sorted((Run(path) for path in finished), key=lambda run: (order.index(run.kind), run.name))
     for size, title in TITLES.items():

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The runs of RESULTS.md. `experiments/results.sh tiny` and `experiments/results.sh 20M` make them, one after the other, in
-# logs/results (LOG_DIR); a run that is there is left alone. ONLY=PATTERN limits them to names that match; THREADS=N is for
+# logs/results/SIZE (LOG_DIR/SIZE); a run that is there is left alone. ONLY=PATTERN limits them to names that match; THREADS=N is for
 # two of these side by side.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 size=${1:?tiny or 20M}
-logs=${LOG_DIR:-logs/results}
+logs=${LOG_DIR:-logs/results}/$size
 
 run() { # run NAME FLAGS...
     local name=$1
