@@ -22,7 +22,8 @@ def compared(runs, capsys):
 
 
 def test_a_table_says_what_runs_came_to_and_where_they_differ(runs, compared):
-    first, second = runs.train("a"), runs.train("b", learning_rate=1e-3, seed=7)
+    first = runs.train("a", run_name="first")
+    second = runs.train("b", run_name="second", learning_rate=1e-3, seed=7)
     (second / "finished.json").unlink()
     lines = table(compared(first, second))
     assert lines["run"][-2:] == ["learning_rate", "seed"]
