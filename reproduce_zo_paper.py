@@ -27,9 +27,9 @@ Sections, each calling only those above it:
     Files           whole or not there; the manifest of a folder
     Data            documents -> tokens on disk -> batch(seed, step, query)
     Model           sizes, scopes, initial weights, device
-    Evaluation      validation loss
+    Evaluation      validation loss, samples of text
     Run directory   configuration, metrics, log, checkpoints
-    Reporting       what a run says at its start, on its way and at its end; the picture
+    Reporting       what a run says at its start, on its way and at its end; the picture; comparison of runs
     Training        the loop, and main(argv) -> exit code
 """
 

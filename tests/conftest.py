@@ -54,6 +54,15 @@ class Runs:
     def resume(self, run: Path, **flags) -> int:
         return self.main(harness.argv(resume=run, **flags))
 
+    def whole_and_resumed(self, max_steps: int, **flags) -> tuple[Path, Path]:
+        """A run, and the same one resumed as if it had been stopped, its last checkpoint damaged: the one before is used."""
+        whole = self.train("whole", **flags, max_steps=max_steps)
+        run = self.train("logs", **flags, max_steps=max_steps, save_interval=2)
+        harness.damage(harness.last_checkpoint(run) / "model.safetensors", "flipped")
+        (run / "finished.json").unlink()
+        assert self.resume(run) == 0
+        return whole, run
+
     def replay(self, run: Path, **flags) -> int:
         return self.main(harness.argv(replay=run, **flags))
 

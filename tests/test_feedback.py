@@ -202,11 +202,7 @@ def test_it_is_the_default_and_the_papers_is_one_flag_away():
 @pytest.mark.parametrize("q", [0, 3])
 def test_its_run_is_resumed_and_replayed_bit_for_bit(runs, head, q):
     flags = FLAGS | {"head": head, "query_budget_q": q, "use_lr_scheduler": True, "eval_interval": 100}
-    whole = runs.train("whole", **flags, max_steps=6)
-    run = runs.train("logs", **flags, max_steps=6, save_interval=2)
-    harness.damage(harness.last_checkpoint(run) / "model.safetensors", "flipped")
-    (run / "finished.json").unlink()
-    assert runs.resume(run) == 0
+    whole, run = runs.whole_and_resumed(6, **flags)
     assert set(harness.differences(whole, run)) == set()
     assert runs.replay(whole) == 0
 
@@ -249,11 +245,7 @@ def test_without_queries_the_guess_is_followed_downhill_as_it_is(runs):
 
 def test_a_run_without_queries_is_resumed(runs):
     flags = {"query_budget_q": 0, "head": "closed_form", "direction": "gaussian"}
-    whole = runs.train("whole", **flags, max_steps=4)
-    run = runs.train("logs", **flags, max_steps=4, save_interval=2)
-    harness.damage(harness.last_checkpoint(run) / "model.safetensors", "flipped")
-    (run / "finished.json").unlink()
-    assert runs.resume(run) == 0
+    whole, run = runs.whole_and_resumed(4, **flags)
     assert harness.differences(whole, run) == []
 
 

@@ -66,11 +66,7 @@ def test_the_body_learns_beside_it(runs):
 @pytest.mark.parametrize("direction", ["aligned", "gaussian"])
 def test_its_run_is_resumed_and_replayed_bit_for_bit(runs, direction):
     flags = FLAGS | {"direction": direction, "learning_rate": 1e-3, "use_lr_scheduler": True, "eval_interval": 100}
-    whole = runs.train("whole", **flags, max_steps=6)
-    run = runs.train("logs", **flags, max_steps=6, save_interval=2)
-    harness.damage(harness.last_checkpoint(run) / "model.safetensors", "flipped")
-    (run / "finished.json").unlink()
-    assert runs.resume(run) == 0
+    whole, run = runs.whole_and_resumed(6, **flags)
     assert set(harness.differences(whole, run)) == set()
     assert runs.replay(whole) == 0
 
