@@ -1036,7 +1036,7 @@ class Aligned:
         return self.other.square(tensor) if basis is None else float(tensor.rows * basis.shape[1])
 
 
-FEEDBACK_MEMORY = 0.95  # of the running mean of measured shares, a step
+FEEDBACK_MEMORY = 0.99  # of the running mean of measured shares, a step
 FEEDBACK_NORM = 10.0  # of a matrix' direction: epsilon times it is small beside any layer's weights, and far above rounding
 
 
@@ -2230,25 +2230,24 @@ class Optimizer:
 
 
 class RunningMean:
-    """An exponential moving average of vectors, without bias from its start (as in Adam, Kingma and Ba 2015)."""
+    """An exponential moving average of vectors that starts from what is believed before anything was measured."""
 
-    def __init__(self, size: int, memory: float):
-        self.total, self.weight, self.memory = np.zeros(size), 0.0, memory
+    def __init__(self, prior: np.ndarray, memory: float):
+        self.mean, self.memory = prior, memory
 
     def update(self, value: np.ndarray) -> np.ndarray:
         """The mean with one value more."""
-        self.total = self.memory * self.total + (1 - self.memory) * value
-        self.weight = self.memory * self.weight + (1 - self.memory)
-        return self.total / self.weight
+        self.mean = self.memory * self.mean + (1 - self.memory) * value
+        return self.mean
 
     def state(self) -> torch.Tensor:
-        return torch.tensor([self.weight, *self.total], dtype=torch.float64)
+        return torch.tensor(self.mean, dtype=torch.float64)
 
     def load(self, state: torch.Tensor) -> None:
         """Takes what `state` gave; ValueError where it is of another size."""
-        if state.shape != (1 + len(self.total),):
+        if state.shape != self.mean.shape:
             raise ValueError("the measured shares are of other tensors")
-        self.weight, self.total = state[0].item(), state[1:].numpy().copy()
+        self.mean = state.numpy().copy()
 
 
 def estimator_norm(projected_grads: np.ndarray, square: float, gain: float) -> float:
@@ -3378,7 +3377,7 @@ class Trainer:
         self.exact_optimizer = Optimizer("adam", self.exact, config.weight_decay, outer, workers)
         self.group = query_group(config, model.config, self.device)
         self.guide: list[torch.Tensor] | None = None
-        self.shares = RunningMean(len(self.tensors), FEEDBACK_MEMORY)
+        self.shares = RunningMean(np.ones(len(self.tensors)), FEEDBACK_MEMORY)  # 1: the guess as it is
         self.unigram = corpus.unigram_loss()
         self.head_index = next((tensor.index for tensor in self.tensors if tensor.parameter is head), None)
         self.row_scale = self._row_scale() if config.direction == "aligned" else {}
@@ -3576,7 +3575,7 @@ class Trainer:
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds beside the weights: the optimizers' state and the guide."""
         state = self.optimizer.state() | self.exact_optimizer.state()
-        if self.shares.weight:
+        if self.config.direction == "feedback":
             state["feedback/shares"] = self.shares.state()
         if self.guide is not None:
             state |= {f"guide/{tensor.name}": part.contiguous() for tensor, part in zip(self.tensors, self.guide)}

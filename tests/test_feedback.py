@@ -169,15 +169,15 @@ def test_what_is_applied_is_the_share_of_the_guess(setting):
         torch.testing.assert_close(out, share * left.double() @ basis.double().T, rtol=1e-5, atol=1e-9)
 
 
-def test_a_running_mean_has_no_bias_and_keeps_its_state():
-    mean = zo.RunningMean(2, 0.9)
-    assert mean.update(np.array([3.0, -1.0])) == pytest.approx([3.0, -1.0])
-    assert mean.update(np.array([3.0, 1.0])) == pytest.approx([3.0, (-0.9 + 1) / 1.9])
-    other = zo.RunningMean(2, 0.9)
+def test_a_running_mean_starts_from_its_prior_and_keeps_its_state():
+    mean = zo.RunningMean(np.array([1.0, 1.0]), 0.9)
+    assert mean.update(np.array([3.0, -1.0])) == pytest.approx([1.2, 0.8])
+    assert mean.update(np.array([3.0, 1.0])) == pytest.approx([1.38, 0.82])
+    other = zo.RunningMean(np.ones(2), 0.9)
     other.load(mean.state())
     assert np.array_equal(other.update(np.ones(2)), mean.update(np.ones(2)))
     with pytest.raises(ValueError, match="other tensors"):
-        zo.RunningMean(3, 0.9).load(mean.state())
+        zo.RunningMean(np.ones(3), 0.9).load(mean.state())
 
 
 def test_only_matrices_with_a_guess_move(runs):
