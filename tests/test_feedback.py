@@ -228,7 +228,7 @@ def test_without_queries_the_guess_is_followed_downhill_as_it_is(runs):
     config = zo.read_config(run)
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step_00000001")
     with zo.Workers(torch.device("cpu")) as workers:
-        corpus = zo.prepare_corpus(config, workers.device, print)
+        corpus = harness.corpus(config)
         objective, ids = zo.Objective(model, workers), corpus.batch(1)
         tensors = zo.trainable_tensors(covered(model))
         seen = objective.see(ids, tensors, RANK, config.seed)

@@ -91,8 +91,7 @@ def test_the_unigram_loss_is_that_of_token_frequencies(runs):
     run = runs.train(max_steps=2)
     (line,) = [line for line in (run / "train.log").read_text().splitlines() if "unigram" in line and "frequent" in line]
     config = zo.read_config(run)
-    with zo.Workers(torch.device("cpu")) as workers:
-        corpus = zo.prepare_corpus(config, workers.device, print)
+    corpus = harness.corpus(config)
     counts = np.ones(len(corpus.tokenizer))
     for token in corpus.train:
         counts[token] += 1

@@ -52,7 +52,7 @@ def test_a_run_begins_with_its_weights_and_learns(runs, tmp_path, architecture, 
     rows = harness.metrics(run)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     with zo.Workers(torch.device("cpu")) as workers:
-        corpus = zo.prepare_corpus(zo.read_config(run), workers.device, print)
+        corpus = harness.corpus(zo.read_config(run))
         assert float(rows[0]["val_loss"]) == pytest.approx(zo.validation_loss(zo.Objective(model, workers), corpus), abs=1e-5)
     if direction == "feedback":
         assert float(rows[-1]["val_loss"]) < float(rows[0]["val_loss"]) - 1e-3

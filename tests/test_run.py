@@ -156,7 +156,7 @@ def test_a_checkpoint_opens_with_transformers(done):
 def test_a_checkpoints_validation_loss_is_the_one_in_the_metrics(done, cache, miniature):
     config = zo.read_config(done)
     model = transformers.AutoModelForCausalLM.from_pretrained(harness.last_checkpoint(done))
-    corpus = zo.prepare_corpus(config, torch.device("cpu"), print)
+    corpus = harness.corpus(config)
     with zo.Workers(torch.device("cpu")) as workers:
         loss = zo.validation_loss(zo.Objective(model, workers), corpus)
     assert float(harness.metrics(done)[-1]["val_loss"]) == pytest.approx(loss, abs=2e-6)
