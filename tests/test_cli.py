@@ -142,8 +142,9 @@ def faults(errors, tmp_path):
             r"--batch_size 4.*--query_budget_q 3",
         ),
         (["--rank", "2", "--direction", "gaussian"], r"--rank: .*lowrank"),
-        (["--head", "closed_form", "--mode", "FO"], r"--head closed_form: only --mode ZO"),
-        (["--head", "closed_form", "--mode", "Instruct", "--bp_interval", "2"], r"--head closed_form: only --mode ZO"),
+        (["--head", "closed_form", "--mode", "FO"], r"--head closed_form: not for --mode FO"),
+        (["--direction", "feedback", "--mode", "FO"], r"--direction feedback: only --mode ZO and Instruct"),
+        (["--direction", "feedback", "--mode", "Calibrate", "--bp_interval", "2"], r"--direction feedback: only --mode ZO and"),
         (["--head", "closed_form", "--head_learning_rate", "0"], r"--head_learning_rate 0: must be above 0"),
         (["--head_learning_rate", "1e-3"], r"--head_learning_rate: .*--head closed_form"),
         (["--max_decrease", "0.1", "--optimizer", "adam"], r"--max_decrease: .*--optimizer sgd"),
@@ -168,7 +169,7 @@ def test_one_fault_is_one_line(faults, words, pattern):
 
 def test_every_fault_is_reported_at_once(faults):
     lines = faults(
-        *("--mode", "Instruct", "--query_budget_q", "0", "--epsilon", "-1", "--block_size", "9999", "--optimizer", "rmsprop"),
+        *("--mode", "Instruct", "--query_budget_q", "-1", "--epsilon", "-1", "--block_size", "9999", "--optimizer", "rmsprop"),
         *("--dataset", "tinystorys", "--seed", "x", "--lerning_rate", "1", "--tokenizer", "bpe:1", "--warmup_steps", "3"),
     )
     for name in (

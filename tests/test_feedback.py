@@ -163,7 +163,7 @@ def test_what_is_applied_is_the_share_of_the_guess(setting):
     objective, tensors, family, _ = setting
     shares = np.linspace(-1, 2, len(tensors))
     outs = [torch.zeros_like(tensor.matrix) for tensor in tensors]
-    zo.add_directions(outs, tensors, queries(zo.Share(family, shares), 1), np.ones(1), objective.workers)
+    zo.add_directions(outs, tensors, queries(zo.Share(family, tensors, shares), 1), np.ones(1), objective.workers)
     for out, tensor, share in zip(outs, tensors, shares):
         left, basis = family.guess[tensor.index]
         torch.testing.assert_close(out, share * left.double() @ basis.double().T, rtol=1e-5, atol=1e-9)
@@ -192,10 +192,14 @@ def test_it_is_the_default_and_the_papers_is_one_flag_away():
     assert (ours.direction, ours.optimizer, ours.rank, ours.query_budget_q) == ("feedback", "adam", 16, 1)
     paper, _ = zo.parse_config(["--direction", "gaussian"])
     assert (paper.direction, paper.optimizer, paper.rank, paper.query_budget_q) == ("gaussian", "sgd", 1, 8)
-    for mode in ("FO", "Instruct", "Calibrate"):
+    for mode, direction, optimizer in (
+        ("FO", "gaussian", "sgd"),
+        ("Instruct", "feedback", "adam"),
+        ("Calibrate", "gaussian", "sgd"),
+    ):
         more = ["--bp_interval", "5"] if mode != "FO" else []
         other, _ = zo.parse_config(["--mode", mode, *more])
-        assert (other.direction, other.optimizer) == ("gaussian", "sgd")
+        assert (other.direction, other.optimizer) == (direction, optimizer)
 
 
 @pytest.mark.parametrize("head", ["estimated", "closed_form"])
