@@ -300,7 +300,7 @@ class Config:
         "output, times a random sign a matrix; trains the output layer and the matrices that write to the residual "
         "stream, and learns in far fewer forward passes. The last two take one more pass a step",
         choices=("gaussian", "rademacher", "lowrank", "aligned", "feedback"),
-        shown="feedback in ZO, else gaussian",
+        shown="feedback in ZO and Instruct, else gaussian",
     )
     head: str = flag(
         "estimated",
@@ -308,6 +308,7 @@ class Config:
         "the output layer's gradient (with it the tied embedding's). estimated: by the queries. closed_form: exactly, from "
         "the logits of one forward pass and without backpropagation, into an AdamW of its own; queries are for the rest",
         choices=("estimated", "closed_form"),
+        shown="estimated; closed_form in Instruct with feedback",
     )
     rank: int = flag(
         1, "Zeroth order", "rank r of --direction lowrank, aligned or feedback", least=1, shown="1; 16 with feedback"
@@ -339,10 +340,17 @@ class Config:
         "Optimization",
         "sgd (no state), adam (AdamW), or mudamw (Muon on hidden matrices, AdamW elsewhere)",
         choices=("sgd", "adam", "mudamw"),
-        shown="adam with --direction feedback, else sgd",
+        shown="with --direction feedback adam, in Instruct mudamw; else sgd",
     )
-    learning_rate: float = flag(1e-3, "Optimization", "step size (peak, with a scheduler)")
+    learning_rate: float = flag(
+        1e-3, "Optimization", "step size (peak, with a scheduler)", shown="0.001; 0.003 in Instruct with feedback"
+    )
     head_learning_rate: float = flag(3e-3, "Optimization", "step size of --head closed_form, on the same schedule")
+    guided_learning_rate: float = flag(
+        1e-4,
+        "Optimization",
+        "step size between the backpropagations of Instruct with --direction feedback (AdamW), on the same schedule",
+    )
     max_decrease: float = flag(
         0.05,
         "Optimization",
@@ -435,6 +443,16 @@ class Config:
         return self.mode != "FO"
 
     @property
+    def follows_guess(self) -> bool:
+        """Whether steps between backpropagations follow a guess of the gradient, with an optimizer of their own."""
+        return self.mode == "Instruct" and self.direction == "feedback"
+
+    @property
+    def bends_directions(self) -> bool:
+        """Whether queries between backpropagations are bent towards the last gradient, which is kept for it."""
+        return self.mode == "Instruct" and self.direction != "feedback" and self.measures
+
+    @property
     def measures(self) -> bool:
         """Whether any query is asked."""
         return self.uses_queries and self.query_budget_q > 0
@@ -490,6 +508,7 @@ def build_parser() -> Parser:
 # By the error of c over epsilon, which ZO_OPTIMIZATION_README.md tabulates: rounding (1/epsilon) against bias (epsilon^2).
 DEFAULT_EPSILON = {"float32": 1e-3, "bfloat16": 3e-3}
 FEEDBACK = {"direction": "feedback", "query_budget_q": 1, "rank": 16, "optimizer": "adam"}
+INSTRUCT = FEEDBACK | {"head": "closed_form", "optimizer": "mudamw", "learning_rate": 3e-3}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SCOPE = re.compile(r"full|head|norms|reduced|blocks:(?P<first>\d+)-(?P<last>\d+)")
 SEVERAL = "\n"  # between the values of one flag
@@ -498,9 +517,10 @@ NO_VALUE = "\\0"  # stands for a value that was left out: no shell can give it
 
 def fitting_defaults(values: dict) -> dict:
     """The defaults that follow from other flags."""
-    direction = values.get("direction", "feedback" if values.get("mode", "ZO") in ("ZO", "Instruct") else "gaussian")
-    epsilon = DEFAULT_EPSILON[values.get("dtype", "float32")]
-    return {"epsilon": epsilon, "direction": direction, **(FEEDBACK if direction == "feedback" else {})}
+    mode = values.get("mode", "ZO")
+    direction = values.get("direction", "feedback" if mode in ("ZO", "Instruct") else "gaussian")
+    guessing = {} if direction != "feedback" else INSTRUCT if mode == "Instruct" else FEEDBACK
+    return {"epsilon": DEFAULT_EPSILON[values.get("dtype", "float32")], "direction": direction, **guessing}
 
 
 def convert(field: dataclasses.Field, text: str):
@@ -609,6 +629,10 @@ def range_faults(config: Config) -> list[str]:
             f"--head_learning_rate {config.head_learning_rate:g}: must be above 0, and 1e6 at most",
         ),
         (
+            0 < config.guided_learning_rate <= 1e6,
+            f"--guided_learning_rate {config.guided_learning_rate:g}: must be above 0, and 1e6 at most",
+        ),
+        (
             config.head == "estimated" or config.uses_queries,
             "--head closed_form: not for --mode FO, whose backpropagations give this gradient anyway",
         ),
@@ -684,7 +708,8 @@ def useless_flags(config: Config, given: set[str], faulty: set[str]) -> list[str
     uses = {
         "warmup_steps": ("use_lr_scheduler", config.use_lr_scheduler, "--use_lr_scheduler"),
         "min_lr": ("use_lr_scheduler", config.use_lr_scheduler, "--use_lr_scheduler"),
-        "guide_cosine": ("mode", config.mode == "Instruct", "--mode Instruct"),
+        "guide_cosine": ("mode", config.bends_directions, "--mode Instruct with queries and a --direction other than feedback"),
+        "guided_learning_rate": ("mode", config.follows_guess, "--mode Instruct with --direction feedback"),
         "rank": ("direction", config.direction in ("lowrank", "aligned", "feedback"), "--direction lowrank, aligned or feedback"),
         "query_data": ("query_budget_q", config.query_budget_q > 0 or config.query_data == "shared", "queries"),
         "sample_interval": ("prompt", config.prompt is not None, "--prompt"),
@@ -2246,12 +2271,15 @@ class Optimizer:
     sgd keeps no state and, from scalars, forms no gradient. adam is torch.optim.AdamW on every tensor; mudamw is
     torch.optim.Muon with the RMS-matched step on hidden matrices and AdamW on the rest (`outer`: ids of the parameters
     of embeddings and head). Each tensor has its own torch optimizer: its gradient is built, used and freed before the
-    next. Weight decay is decoupled (Loshchilov and Hutter 2019) and leaves vectors alone.
+    next. Weight decay is decoupled (Loshchilov and Hutter 2019) and leaves vectors alone. `prefix` is before the names in
+    its state, where a tensor has two of these.
     """
 
-    def __init__(self, name: str, tensors: list[Tensor], weight_decay: float, outer: set[int], workers: Workers):
-        self.name, self.tensors, self.weight_decay, self.workers = name, tensors, weight_decay, workers
-        self.each = [] if name == "sgd" else [self._torch_optimizer(tensor, outer) for tensor in tensors]
+    def __init__(
+        self, name: str, tensors: list[Tensor], weight_decay: float, outer: set[int], workers: Workers, prefix: str = ""
+    ):
+        self.name, self.tensors, self.weight_decay, self.workers, self.prefix = name, tensors, weight_decay, workers, prefix
+        self.each = {} if name == "sgd" else {tensor.index: self._torch_optimizer(tensor, outer) for tensor in tensors}
 
     def _torch_optimizer(self, tensor: Tensor, outer: set[int]) -> torch.optim.Optimizer:
         parameter, decay = tensor.parameter, self._decay(tensor)
@@ -2272,19 +2300,17 @@ class Optimizer:
             else:
                 self._step(tensor, gradient, learning_rate)
 
-    def apply_estimate(self, tensors: list[Tensor], queries: Queries, projected_grads: np.ndarray, learning_rate: float) -> None:
-        """One step on `tensors` along g = (1/q) sum_i c_i z_i / gain, from the scalars c (float64 [q], NaN: dropped) and
-        the seeds.
-        """
+    def apply_estimate(self, queries: Queries, projected_grads: np.ndarray, learning_rate: float) -> None:
+        """One step along g = (1/q) sum_i c_i z_i / gain, from the scalars c (float64 [q], NaN: dropped) and the seeds."""
         kept = np.isfinite(projected_grads)
         weights = np.where(kept, projected_grads, 0.0) / (kept.sum() * queries.family.gain)
         if self.name == "sgd":
-            for tensor in tensors:
+            for tensor in self.tensors:
                 self._shrink(tensor, learning_rate)
-            outs = [tensor.matrix for tensor in tensors]
-            add_directions(outs, tensors, queries, -learning_rate * weights, self.workers)
+            outs = [tensor.matrix for tensor in self.tensors]
+            add_directions(outs, self.tensors, queries, -learning_rate * weights, self.workers)
             return
-        for tensor in tensors:
+        for tensor in self.tensors:
             gradient = torch.zeros_like(tensor.matrix)
             add_directions([gradient], [tensor], queries, weights, self.workers)
             self._step(tensor, gradient.view_as(tensor.parameter), learning_rate)
@@ -2302,13 +2328,14 @@ class Optimizer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """The state of every torch optimizer, as <tensor's name>/<entry>."""
-        pairs = zip(self.tensors, self.each)
-        return {f"{t.name}/{key}": value for t, o in pairs for key, value in o.state[t.parameter].items()}
+        own = ((tensor, self.each[tensor.index].state[tensor.parameter]) for tensor in self.tensors if self.each)
+        return {f"{self.prefix}{tensor.name}/{key}": value for tensor, state in own for key, value in state.items()}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Takes what `state` gave out of a state; ValueError where it is of another shape."""
-        for tensor, optimizer in zip(self.tensors, self.each):
-            own = {name: value for name, value in state.items() if name.rpartition("/")[0] == tensor.name}
+        for tensor in self.tensors if self.each else []:
+            optimizer = self.each[tensor.index]
+            own = {name: value for name, value in state.items() if name.rpartition("/")[0] == self.prefix + tensor.name}
             if any(value.ndim and value.shape != tensor.parameter.shape for value in own.values()):
                 raise ValueError(f"the optimizer's state of {tensor.name} has another shape")
             device = tensor.parameter.device
@@ -3004,6 +3031,7 @@ METRICS = (
     "grad_norm",
     "projected_grad_mean",
     "projected_grad_std",
+    "guide_to_gradient",
     "data_tokens",
     "forward_tokens",
     "seconds",
@@ -3353,6 +3381,7 @@ def metrics_row(trainer: Trainer, record: Record | None, done: int, val_loss: fl
         "grad_norm": f"{record.grad_norm:.6g}" if record is not None else "",
         "projected_grad_mean": f"{c.mean():.6g}" if len(c) else "",
         "projected_grad_std": f"{c.std():.6g}" if len(c) else "",
+        "guide_to_gradient": "" if math.isnan(met := trainer.guide_to_gradient) else f"{met:.4f}",
         "data_tokens": str(data),
         "forward_tokens": str(forward),
         "seconds": f"{trainer.seconds():.3f}",
@@ -3639,8 +3668,13 @@ class Trainer:
         outer = outer_parameters(model)
         self.optimizer = Optimizer(config.optimizer, self.tensors, config.weight_decay, outer, workers)
         self.exact_optimizer = Optimizer("adam", self.exact, config.weight_decay, outer, workers)
+        self.between = self.optimizer
+        if config.follows_guess:  # a guess and a gradient are too different to share moments and a step size
+            self.between = Optimizer("adam", self.asked, config.weight_decay, outer, workers, "between/")
         self.group = query_group(config, model.config, self.device)
         self.guide: list[torch.Tensor] | None = None
+        self.followed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.guide_to_gradient = math.nan
         self.shares = RunningMean(np.ones(len(self.asked)), FEEDBACK_MEMORY)  # 1: the guess as it is
         self.unigram = corpus.unigram_loss()
         self.head_index = next((tensor.index for tensor in self.tensors if tensor.parameter is head), None)
@@ -3684,6 +3718,7 @@ class Trainer:
         feedback, exact = config.direction == "feedback", config.head == "closed_form"
         evaluations += config.direction == "aligned" or feedback or exact  # the pass that shows layers' inputs
         evaluations += feedback + (feedback or exact)  # products with the logits' error, each for less than a pass
+        evaluations = evaluations or 1  # backpropagations alone: a pass for the metrics
         return steps * batch, (3 * backward + evaluations * (steps - backward)) * batch
 
     def _row_scale(self) -> dict[int, torch.Tensor]:
@@ -3732,7 +3767,7 @@ class Trainer:
 
     def step(self, step: int, known: Record | None, commit: Callable[[Record], None]) -> Record:
         """One step: measures (or takes what is `known` from the journal), commits the record, then updates."""
-        rate = known.learning_rate if known is not None else scheduled_rate(self.config, step, self.total)
+        rate = known.learning_rate if known is not None else self._rate(step)
         grid = self.settle(step)
         if self.config.backpropagates(step):
             return self._backpropagate(step, rate, commit)
@@ -3743,6 +3778,13 @@ class Trainer:
         self._apply(queries, record)
         self.exact_optimizer.apply_gradient(exact, self._head_rate(step))
         return record
+
+    def _rate(self, step: int) -> float:
+        """The step size before anything was measured."""
+        config, scheduled = self.config, scheduled_rate(self.config, step, self.total)
+        if config.backpropagates(step) or not config.follows_guess:
+            return scheduled
+        return config.guided_learning_rate * scheduled / config.learning_rate
 
     def _head_rate(self, step: int) -> float:
         """The step size of the output layer's own optimizer."""
@@ -3756,8 +3798,27 @@ class Trainer:
             shares = self._shares(queries, c)
             shares = self.shares.update(shares) if queries.q else shares
             queries, c = dataclasses.replace(queries, family=Share(family, self.asked, shares)), np.ones(1)
+            if self.config.follows_guess:
+                self.followed = {at: direction.factors() for at, direction in queries.directions(0, self.asked).items()}
         if self.asked:
-            self.optimizer.apply_estimate(self.asked, queries, c, record.learning_rate)
+            self.between.apply_estimate(queries, c, record.learning_rate)
+
+    def _agreement(self, gradients: list[torch.Tensor]) -> float:
+        """The cosine of what guided the last step to the true gradient now, over the tensors that were guided."""
+        pairs = [(gradients[tensor.index].view(tensor.rows, tensor.columns), tensor.index) for tensor in self.asked]
+        if self.guide is not None:
+            parts = [(self.guide[at], gradient, (self.guide[at] * gradient).sum()) for gradient, at in pairs]
+        else:  # right factors are orthonormal
+            parts = [
+                (left, gradient, (left * (gradient.float() @ right)).sum())
+                for gradient, at in pairs
+                for left, right in [self.followed[at]]
+            ]
+        inner, guide, truth = (
+            torch.stack(each).double().sum().item()
+            for each in zip(*((dot, part.square().sum(), gradient.square().sum()) for part, gradient, dot in parts))
+        )
+        return inner / math.sqrt(guide * truth) if guide * truth > 0 else math.nan
 
     def _checked(self, gradient: torch.Tensor, step: int) -> torch.Tensor:
         norm = torch.linalg.vector_norm(gradient).item()
@@ -3775,7 +3836,6 @@ class Trainer:
             raise NonFiniteError(f"step {step}: {error}; {LOWER_RATE}") from error
 
     def _backpropagate(self, step: int, rate: float, commit: Callable[[Record], None]) -> Record:
-        self.guide = None
         input_ids = self.bp_corpus.batch(step)
         loss, gradients = self.objective.gradient(input_ids, input_ids, [*self.tensors, *self.exact])
         norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=wide(self.device)) for gradient in gradients])
@@ -3785,8 +3845,11 @@ class Trainer:
                 raise NonFiniteError(f"step {step}: the {name} of the backpropagation is {value}; {LOWER_RATE}")
         record = Record(step, rate, loss, norm, True, np.full(self.config.query_budget_q, np.nan))
         commit(record)
+        if self.guide is not None or self.followed:
+            self.guide_to_gradient = self._agreement(gradients)
+        self.guide = None
         exact = gradients[len(self.tensors) :]
-        guided = self.config.mode == "Instruct" and self.config.direction != "feedback" and norm > 0
+        guided = self.config.bends_directions and norm > 0
         self.optimizer.apply_gradient(list(gradients) if guided else gradients, rate)
         self.exact_optimizer.apply_gradient(exact, self._head_rate(step))
         if guided:
@@ -3864,9 +3927,13 @@ class Trainer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds beside the weights: the optimizers' state and the guide."""
-        state = self.optimizer.state() | self.exact_optimizer.state()
+        state = self.optimizer.state() | self.exact_optimizer.state() | self.between.state()
         if self.config.direction == "feedback":
             state["feedback/shares"] = self.shares.state()
+        if self.config.mode == "Instruct":
+            state["guide_to_gradient"] = torch.tensor([self.guide_to_gradient], dtype=torch.float64)
+        for tensor in self.asked if self.followed else []:
+            state |= {f"followed/{tensor.name}/{i}": part.contiguous() for i, part in enumerate(self.followed[tensor.index])}
         if self.guide is not None:
             state |= {f"guide/{tensor.name}": part.contiguous() for tensor, part in zip(self.tensors, self.guide)}
         return state
@@ -3890,10 +3957,17 @@ class Trainer:
             guide = [state.pop(f"guide/{tensor.name}", None) for tensor in self.tensors]
             if guide and all(part is not None for part in guide):
                 self.guide = [part.to(self.device) for part in guide]
+            if (met := state.pop("guide_to_gradient", None)) is not None:
+                self.guide_to_gradient = met.item()
+            followed = {t.index: [state.pop(f"followed/{t.name}/{i}", None) for i in (0, 1)] for t in self.asked}
+            self.followed = {
+                at: tuple(part.to(self.device) for part in parts) for at, parts in followed.items() if None not in parts
+            }
             if (shares := state.pop("feedback/shares", None)) is not None:
                 self.shares.load(shares)
             self.optimizer.load(state)
             self.exact_optimizer.load(state)
+            self.between.load(state)
             if state:
                 raise ValueError(f"state of unknown tensors: {', '.join(sorted(state)[:3])}")
         except (KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
@@ -3958,7 +4032,7 @@ def opening_lines(trainer: Trainer) -> list[str]:
         lines.append(what_is_measured(config, trainer))
     if trainer.exact:
         lines.append(f"head: gradient in closed form, AdamW at {config.head_learning_rate:g}")
-    if config.mode == "Instruct":
+    if config.bends_directions:
         lines.append(f"guide: one gradient is kept, {trainer.dimension * 4 / 2**20:.1f} MiB")
     warning = rate_warning(config, trainer.dimension)
     return lines + ([warning] if warning else [])
@@ -3967,7 +4041,7 @@ def opening_lines(trainer: Trainer) -> list[str]:
 def check_space(trainer: Trainer) -> None:
     """StorageError where the checkpoints that are kept, and the one being written, don't fit on the disk."""
     config = trainer.config
-    copies = {"sgd": 1, "adam": 3, "mudamw": 3}[config.optimizer] + (config.mode == "Instruct")
+    copies = {"sgd": 1, "adam": 3, "mudamw": 3}[config.optimizer] + config.bends_directions
     each = 4 * copies * sum(parameter.numel() for parameter in trainer.model.parameters())
     each += 8 * sum(tensor.parameter.numel() for tensor in trainer.exact)
     due = min(config.keep_checkpoints + 1, 1 + trainer.total // config.save_interval)

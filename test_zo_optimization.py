@@ -168,7 +168,7 @@ class Bench:
         queries = self.queries(family, q, step=number)
         grid = self.grid(queries)
         estimate = self.estimate(queries, group, grid)
-        optimizer.apply_estimate(self.tensors, queries, estimate.projected_grads, LEARNING_RATE)
+        optimizer.apply_estimate(queries, estimate.projected_grads, LEARNING_RATE)
 
 
 LEARNING_RATE = 1e-7  # an update costs the same at any rate; this one leaves the model where it is
@@ -486,7 +486,7 @@ def memory_operation(name: str, bench: Bench) -> Callable[[], None]:
         return lambda: bench.estimate(queries, MEMORY_GROUP)
     rule, _, family = name.partition(", ")
     optimizer = bench.optimizer(rule)
-    for each in optimizer.each:  # of Muon's five iterations, which need the same memory, one
+    for each in optimizer.each.values():  # of Muon's five iterations, which need the same memory, one
         each.param_groups[0].update({"ns_steps": 1} if "ns_steps" in each.param_groups[0] else {})
     return lambda: optimizer.apply_estimate(low if family else gaussian, scalars, 1e-9)
 
@@ -1140,7 +1140,7 @@ def test_the_two_paths_see_the_same_directions_and_the_update_applies_them():
             queries = zo.Queries(zo.Isotropic(family, rank), 3, 7, 3, 1e-4)
             objective = zo.Objective(model, workers)
             estimate = zo.projected_gradients(objective, tensors, lambda query: (ids, ids), queries, 2)
-            zo.Optimizer("sgd", tensors, 0.0, set(), workers).apply_estimate(tensors, queries, estimate.projected_grads, rate)
+            zo.Optimizer("sgd", tensors, 0.0, set(), workers).apply_estimate(queries, estimate.projected_grads, rate)
             for tensor, old, grad in zip(tensors, before, found[1][0]):
                 expected = old - rate * grad.view_as(old)
                 torch.testing.assert_close(tensor.matrix, expected, rtol=0, atol=1e-6 * rate * grad.abs().max().item() + 1e-12)

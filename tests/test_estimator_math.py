@@ -199,7 +199,7 @@ def test_sgd_moves_along_what_was_measured(name, workers, small_blocks):
     queries = zo.Queries(family_for(name, tensors), 1, 2, 3, 1e-3)
     estimate, _ = estimate_of(model, tokens(), queries, workers)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    zo.Optimizer("sgd", tensors, 0.0, set(), workers).apply_estimate(tensors, queries, estimate.projected_grads, 0.1)
+    zo.Optimizer("sgd", tensors, 0.0, set(), workers).apply_estimate(queries, estimate.projected_grads, 0.1)
     zs = [direction(tensors, queries, query) for query in range(3)]
     for index, (parameter, old) in enumerate(zip(model.parameters(), before)):
         wanted = -0.1 / 3 / queries.family.gain * sum(c * z[index] for c, z in zip(estimate.projected_grads, zs))
@@ -231,7 +231,7 @@ def test_adam_and_mudamw_get_the_gradient_that_was_measured(name, workers, small
             parameter.grad = sum(c[i] / 3 * direction(tensors, queries, i)[index] for i in range(3))
         for optimizer in theirs:
             optimizer.step()
-        ours.apply_estimate(tensors, queries, c, 0.01)
+        ours.apply_estimate(queries, c, 0.01)
     for one, two in zip(model.parameters(), other.parameters()):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -242,7 +242,7 @@ def test_sgd_decays_matrices_only(workers):
     tensors = zo.trainable_tensors(model.named_parameters())
     before = [parameter.detach().clone() for parameter in model.parameters()]
     queries = zo.Queries(FAMILIES["gaussian"], 0, 0, 1, 1e-3)
-    zo.Optimizer("sgd", tensors, 0.5, set(), workers).apply_estimate(tensors, queries, np.array([0.0]), 0.1)
+    zo.Optimizer("sgd", tensors, 0.5, set(), workers).apply_estimate(queries, np.array([0.0]), 0.1)
     for parameter, old in zip(model.parameters(), before):
         torch.testing.assert_close(parameter.detach(), old * (0.95 if old.ndim > 1 else 1.0))
 
@@ -253,7 +253,7 @@ def test_a_dropped_query_counts_for_nothing(workers):
     queries = zo.Queries(FAMILIES["gaussian"], 0, 0, 3, 1e-3)
     for model, c in zip(models, ([0.5, math.nan, -2.0], [0.75, 0.0, -3.0])):
         tensors = zo.trainable_tensors(model.named_parameters())
-        zo.Optimizer("sgd", tensors, 0.0, set(), workers).apply_estimate(tensors, queries, np.array(c), 0.1)
+        zo.Optimizer("sgd", tensors, 0.0, set(), workers).apply_estimate(queries, np.array(c), 0.1)
     for one, two in zip(models[0].parameters(), models[1].parameters()):
         torch.testing.assert_close(one, two)
 
@@ -269,9 +269,7 @@ def test_the_number_of_workers_changes_no_bit(name, small_blocks):
                 tensors = zo.trainable_tensors(model.named_parameters())
                 queries = zo.Queries(FAMILIES[name], 0, 0, 3, 1e-3)
                 zo.Grid(tensors, 1e-3, 6.0, workers)
-                zo.Optimizer("sgd", tensors, 0.0, set(), workers).apply_estimate(
-                    tensors, queries, np.array([1.0, -2.0, 0.5]), 0.1
-                )
+                zo.Optimizer("sgd", tensors, 0.0, set(), workers).apply_estimate(queries, np.array([1.0, -2.0, 0.5]), 0.1)
             results.append([parameter.detach().clone() for parameter in model.parameters()])
     finally:
         torch.set_num_threads(threads)

@@ -194,7 +194,7 @@ def test_it_is_the_default_and_the_papers_is_one_flag_away():
     assert (paper.direction, paper.optimizer, paper.rank, paper.query_budget_q) == ("gaussian", "sgd", 1, 8)
     for mode, direction, optimizer in (
         ("FO", "gaussian", "sgd"),
-        ("Instruct", "feedback", "adam"),
+        ("Instruct", "feedback", "mudamw"),
         ("Calibrate", "gaussian", "sgd"),
     ):
         more = ["--bp_interval", "5"] if mode != "FO" else []
