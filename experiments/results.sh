@@ -39,7 +39,7 @@ else
     done
     first="--mode ZO --query_budget_q 4 --batch_size 4 --learning_rate 1e-3 --parallel_q_computation"
     run "feedback_0" $first --seed 0 --max_steps 355 --eval_interval 10
-    run "gaussian_1e-3" $many --learning_rate 1e-3 --max_steps 60 --eval_interval 10
-    run "feedback_1" $first --seed 1 --max_steps 100 --eval_interval 10
-    run "feedback_2" $first --seed 2 --max_steps 100 --eval_interval 10
+    run "gaussian_1e-3" $many --learning_rate 1e-3 --max_steps 244 --eval_interval 10
+    run "feedback_1" $first --seed 1 --max_steps 355 --eval_interval 10
+    run "feedback_2" $first --seed 2 --max_steps 355 --eval_interval 10
 fi
