@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 import reproduce_zo_paper as zo
 
 INTERVAL = 3
-FLAGS = {"mode": "Instruct", "bp_interval": INTERVAL, "direction": "feedback", "rank": 4, "optimizer": "adam"}
+FLAGS = {
+    "mode": "Instruct",
+    "bp_interval": INTERVAL,
+    "direction": "feedback",
+    "rank": 4,
+    "optimizer": "adam",
+    "head": "estimated",
+}
 FLAGS |= {"learning_rate": 1e-3, "save_interval": 1, "keep_checkpoints": 99, "max_steps": 8}
 GUESSED = ("o_proj.weight", "down_proj.weight", "embed_tokens.weight")
 
