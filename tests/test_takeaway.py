@@ -233,3 +233,34 @@ def test_a_second_corpus_needs_backpropagations_and_text(errors, runs, other_tex
     code, lines = errors(harness.argv(**(flags | {"bp_dataset": tmp_path / "gone.txt"})))
     assert code == 2
     assert "--bp_dataset" in lines[0]
+
+
+# ---- before the first step -------------------------------------------------------------------------------------------
+
+
+def test_offline_never_asks_the_hub(monkeypatch):
+    def asked(seconds: float = 5.0) -> bool:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(zo, "hub_is_reachable", asked)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    zo.go_offline_if_needed(zo.Config(dataset="tinystories", offline=True))
+    assert zo.os.environ["HF_HUB_OFFLINE"] == "1"
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with pytest.raises(AssertionError, match="was asked"):
+        zo.go_offline_if_needed(zo.Config(dataset="tinystories"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(zo.signal.SIGINT, 130), (zo.signal.SIGTERM, 143)])
+def test_a_signal_while_a_run_is_prepared_ends_it_at_once_and_leaves_nothing(runs, monkeypatch, number, code):
+    def interrupted(*arguments):
+        zo.os.kill(zo.os.getpid(), number)
+        zo.time.sleep(60)
+
+    before = zo.signal.signal(zo.signal.SIGINT, zo.signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        monkeypatch.setattr(zo, "prepare_corpus", interrupted)
+        assert runs.code() == code
+    finally:
+        zo.signal.signal(zo.signal.SIGINT, before)
+    assert not list((runs.folder / "logs").iterdir())
