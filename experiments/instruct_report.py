@@ -69,9 +69,12 @@ def draw(runs: list[Run], path: Path) -> None:
         for run in runs:
             if run.kind in KINDS:
                 words, colour = KINDS[run.kind]
-                panel.plot(getattr(run, axis), run.losses, color=colour, lw=1.3, alpha=0.8, label=words)
+                x = getattr(run, axis) / (1e6 if axis == "tokens" else 1)
+                panel.plot(x, run.losses, color=colour, lw=1.3, alpha=0.8, label=words)
         panel.grid(alpha=0.3)
-    for panel, label in zip(panels, ("steps", "tokens through forward passes (backpropagation counts 3)", "backpropagations")):
+    for panel, label in zip(
+        panels, ("steps", "million tokens through forward passes (backpropagation counts 3)", "backpropagations")
+    ):
         panel.set_xlabel(label)
     panels[0].set_ylabel("validation loss (nats per token)")
     labels = dict(zip(*reversed(panels[0].get_legend_handles_labels())))
