@@ -3154,12 +3154,17 @@ class RunDirectory:
         return run
 
     def _acquire(self) -> None:
-        # The lock is the operating system's: it goes when the process goes, however it dies.
+        # The lock is the operating system's: it goes when the process goes, however it dies. For a moment it can outlive
+        # a killed process, in a child that was being started.
         self.lock = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UsageError(f"{self.path}: another process is running it") from error
+        patience = time.monotonic() + 1.0
+        while True:
+            try:
+                return fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if time.monotonic() > patience:
+                    raise UsageError(f"{self.path}: another process is running it") from error
+            time.sleep(0.05)
 
     def close(self) -> None:
         if self.lock is not None:
