@@ -714,7 +714,11 @@ def useless_flags(config: Config, given: set[str], faulty: set[str]) -> list[str
         "query_data": ("query_budget_q", config.query_budget_q > 0 or config.query_data == "shared", "queries"),
         "sample_interval": ("prompt", config.prompt is not None, "--prompt"),
         "model_size": ("init_from", config.init_from is None, "a new model (without --init_from)"),
-        "text_column": ("dataset", config.dataset != "embedded", "--dataset of a file, folder or hub set"),
+        "text_column": (
+            "dataset",
+            any(source.name != "embedded" for source in config.sources),
+            "--dataset of a file, folder or hub set",
+        ),
         "dataset_config": hub,
         "dataset_split": hub,
         "bp_max_samples": ("bp_dataset", config.bp_dataset is not None, "--bp_dataset"),
@@ -2412,12 +2416,38 @@ def storing(what: Path) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Holds a lock file: other processes wait here until this one is through, or dead."""
-    descriptor = os.open(lock, os.O_WRONLY | os.O_CREAT, 0o644)
+def take_lock(path: Path, patience: float) -> int:
+    """Holds a lock file until the descriptor is closed; BlockingIOError where another process has it after `patience` seconds.
+
+    The lock is the operating system's: it goes when the process goes, however it dies. For a moment it can outlive a killed
+    process, in a child that was being started.
+    """
+    descriptor, until = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), time.monotonic() + patience
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return descriptor
+            if time.monotonic() > until:
+                raise BlockingIOError(errno.EAGAIN, "another process holds it", str(path))
+            time.sleep(0.05)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+LOCK_PATIENCE = 1.0  # seconds
+
+
+@contextlib.contextmanager
+def alone(lock: Path, say: Callable[[], None]) -> Iterator[None]:
+    """Holds a lock file; waits, after `say`, while another process has it."""
+    try:
+        descriptor = take_lock(lock, LOCK_PATIENCE)
+    except BlockingIOError:
+        say()
+        descriptor = take_lock(lock, math.inf)
+    try:
         yield
     finally:
         os.close(descriptor)
@@ -2777,7 +2807,11 @@ def prepare_corpus(
     identity = given.backend_tokenizer.to_str() if given else config.tokenizer_name
     key = hashlib.sha256(json.dumps([TOKEN_FORMAT, dataset_identity(source), identity]).encode()).hexdigest()[:20]
     folder, staged = config.cache / f"tokens-{key}", config.cache / f"partial-{key}"
-    with storing(config.cache), alone(config.cache / f".{key}.lock"):
+
+    def waiting() -> None:
+        say(f"waiting for another process that tokenizes {source.name}")
+
+    with storing(config.cache), alone(config.cache / f".{key}.lock", waiting):
         if folder.exists() and (fault := folder_fault(folder)):
             say(f"{folder}: {fault}; it is set aside and made again")
             set_aside(folder)
@@ -2818,7 +2852,9 @@ def encoded_documents(tokenizer: transformers.PreTrainedTokenizerFast, texts: It
 
 
 def write_corpus(config: Config, source: Source, given, folder: Path) -> None:
-    """Writes the tokens, how frequent each is in training, the tokenizer and corpus.json into `folder`; memory does not grow with the text."""
+    """Writes the tokens, how frequent each is in training, the tokenizer and corpus.json into `folder`; memory does not
+    grow with the text.
+    """
     name = config.tokenizer_name
     if given is not None:
         tokenizer = given
@@ -2924,7 +2960,7 @@ def build_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast)
 def decoder_blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
     """The transformer blocks: the largest list of modules."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=lambda each: sum(parameter.numel() for parameter in each.parameters()))
+    return max(lists, key=lambda each: sum(parameter.numel() for parameter in each.parameters()), default=torch.nn.ModuleList())
 
 
 def scope_modules(model: torch.nn.Module, scope: str) -> Iterable[torch.nn.Module]:
@@ -2934,11 +2970,11 @@ def scope_modules(model: torch.nn.Module, scope: str) -> Iterable[torch.nn.Modul
         return [head]
     if scope == "norms":
         return [module for module in model.modules() if "norm" in type(module).__name__.lower()]
-    if scope.startswith("blocks:"):
-        first, last = map(int, scope.removeprefix("blocks:").split("-"))
-        if last >= len(blocks):
+    match = SCOPE.fullmatch(scope)
+    if match["first"] is not None:
+        if int(match["last"]) >= len(blocks):
             raise UsageError(f"--scope {scope}: the model has blocks 0 to {len(blocks) - 1}")
-        return blocks[first : last + 1]
+        return blocks[int(match["first"]) : int(match["last"]) + 1]
     if not isinstance(model, transformers.LlamaForCausalLM):
         raise UsageError(f"--scope {scope}: only for Llama models, this is {type(model).__name__}; take blocks:I-J")
     return [blocks[-1].mlp, blocks[-1].post_attention_layernorm, model.model.norm, head]
@@ -3154,17 +3190,10 @@ class RunDirectory:
         return run
 
     def _acquire(self) -> None:
-        # The lock is the operating system's: it goes when the process goes, however it dies. For a moment it can outlive
-        # a killed process, in a child that was being started.
-        self.lock = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)
-        patience = time.monotonic() + 1.0
-        while True:
-            try:
-                return fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if time.monotonic() > patience:
-                    raise UsageError(f"{self.path}: another process is running it") from error
-            time.sleep(0.05)
+        try:
+            self.lock = take_lock(self.path / ".lock", LOCK_PATIENCE)
+        except BlockingIOError as error:
+            raise UsageError(f"{self.path}: another process is running it") from error
 
     def close(self) -> None:
         if self.lock is not None:
@@ -3660,7 +3689,8 @@ class Trainer:
         head, exact = self.objective.head.weight, config.head == "closed_form"
         if (exact or config.direction == "feedback") and not self.objective.sliced:
             raise UsageError(
-                "--head closed_form, --direction feedback: this model's logits are not its output layer applied to its hidden states"
+                "--head closed_form, --direction feedback: this model's logits are not its output layer applied to its hidden states; "
+                "take --head estimated and --direction gaussian"
             )
         named = [(tensor.name, tensor.parameter) for tensor in choose_scope(model, config.scope)]
         self.exact = trainable_tensors(pair for pair in named if exact and pair[1] is head)
@@ -3767,7 +3797,9 @@ class Trainer:
 
     def _output_error(self, seen: Seen, labels: torch.Tensor) -> OutputError:
         """The output layer's gradient, whole if it is applied, and within its inputs' leading directions if it guides."""
-        x = seen.h[0] if self.exact else seen.h[0].float() @ seen.bases[self.head_index]
+        x = seen.h[0]
+        if not self.exact:  # where the head is not trained, nothing of its gradient is wanted
+            x = x[:, :0] if self.head_index is None else x.float() @ seen.bases[self.head_index]
         return self.objective.output_error(seen, labels, x, back=self.config.direction == "feedback")
 
     def step(self, step: int, known: Record | None, commit: Callable[[Record], None]) -> Record:
@@ -3781,20 +3813,18 @@ class Trainer:
         exact = [self._checked(error.inside, step)] if self.exact else []
         commit(record)
         self._apply(queries, record)
-        self.exact_optimizer.apply_gradient(exact, self._head_rate(step))
+        self.exact_optimizer.apply_gradient(exact, self._scheduled(self.config.head_learning_rate, step))
         return record
+
+    def _scheduled(self, peak: float, step: int) -> float:
+        """A step size that is `peak` at its highest, on the run's schedule."""
+        return peak * (scheduled_rate(self.config, step, self.total) / self.config.learning_rate)
 
     def _rate(self, step: int) -> float:
         """The step size before anything was measured."""
-        config, scheduled = self.config, scheduled_rate(self.config, step, self.total)
-        if config.backpropagates(step) or not config.follows_guess:
-            return scheduled
-        return config.guided_learning_rate * scheduled / config.learning_rate
-
-    def _head_rate(self, step: int) -> float:
-        """The step size of the output layer's own optimizer."""
-        config = self.config
-        return config.head_learning_rate * scheduled_rate(config, step, self.total) / config.learning_rate
+        if self.config.follows_guess and not self.config.backpropagates(step):
+            return self._scheduled(self.config.guided_learning_rate, step)
+        return scheduled_rate(self.config, step, self.total)
 
     def _apply(self, queries: Queries, record: Record) -> None:
         """The update of a step's record. How much of a guess is right changes slowly, and so is averaged over steps."""
@@ -3856,7 +3886,7 @@ class Trainer:
         exact = gradients[len(self.tensors) :]
         guided = self.config.bends_directions and norm > 0
         self.optimizer.apply_gradient(list(gradients) if guided else gradients, rate)
-        self.exact_optimizer.apply_gradient(exact, self._head_rate(step))
+        self.exact_optimizer.apply_gradient(exact, self._scheduled(self.config.head_learning_rate, step))
         if guided:
             pairs = zip(gradients, self.tensors)
             self.guide = [gradient.div_(norm).reshape(tensor.rows, tensor.columns) for gradient, tensor in pairs]
@@ -3890,7 +3920,7 @@ class Trainer:
         norm = self._estimate_norm(queries, c)
         if not max(1.0, rate) * abs(c[kept]).sum() * queries.family.largest < LARGEST_UPDATE:
             raise NonFiniteError(f"step {queries.step}: the update would overflow (|g| is about {norm:.1e}); {LOWER_RATE}")
-        if self.config.optimizer == "sgd":
+        if self.between.name == "sgd":
             decay = rate / self.config.learning_rate
             rate = trusted_rate(rate, c[kept], decay * self.config.max_decrease, queries.family.gain)
         return Record(queries.step, rate, float(estimate.losses[kept].mean()), norm, False, c)
@@ -4048,7 +4078,7 @@ def check_space(trainer: Trainer) -> None:
     config = trainer.config
     copies = {"sgd": 1, "adam": 3, "mudamw": 3}[config.optimizer] + config.bends_directions
     each = 4 * copies * sum(parameter.numel() for parameter in trainer.model.parameters())
-    each += 8 * sum(tensor.parameter.numel() for tensor in trainer.exact)
+    each += 8 * sum(tensor.parameter.numel() for tensor in trainer.exact + (trainer.asked if config.follows_guess else []))
     due = min(config.keep_checkpoints + 1, 1 + trainer.total // config.save_interval)
     due -= min(due, len(trainer.run.checkpoint_folders()))  # those of an earlier sitting make room
     free = shutil.disk_usage(trainer.run.path).free
@@ -4120,6 +4150,9 @@ def train(config: Config, run: RunDirectory, resumed: bool = False) -> int:
         return loop(trainer, journal, start, stop)
 
 
+DRAW_SECONDS = 60  # from one loss.png to the next, at validations
+
+
 def loop(trainer: Trainer, journal: Journal, start: int, stop: Stop) -> int:
     """The steps from `start` to the last; those in the journal are applied without being measured. The exit code."""
     config, run, total = trainer.config, trainer.run, trainer.total
@@ -4186,9 +4219,6 @@ def loop(trainer: Trainer, journal: Journal, start: int, stop: Stop) -> int:
     with storing(run.path):
         write_whole(run.path / "finished.json", json.dumps({"step": done, **run.rows[-1]}, indent=1) + "\n")
     return 0
-
-
-DRAW_SECONDS = 60  # from one loss.png to the next, at validations
 
 
 def newest_unfinished(log_dir: Path) -> Path:

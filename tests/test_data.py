@@ -379,6 +379,22 @@ def test_two_processes_at_once_build_the_same_cache(runs, tmp_path):
     assert not list((tmp_path / "fresh").glob("partial-*"))
 
 
+def test_a_process_that_waits_for_anothers_tokens_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(zo, "LOCK_PATIENCE", 0.0)
+    held, said = zo.take_lock(tmp_path / "lock", 0.0), []
+
+    def let_go() -> None:
+        said.append("waiting")
+        os.close(held)
+
+    with zo.alone(tmp_path / "lock", let_go):
+        assert said == ["waiting"]
+        with pytest.raises(BlockingIOError):
+            zo.take_lock(tmp_path / "lock", 0.0)
+    with zo.alone(tmp_path / "lock", let_go):
+        assert said == ["waiting"]
+
+
 def test_what_a_killed_process_left_is_cleared_away(tmp_path):
     config = config_of(tmp_path, max_samples=30)
     wanted = corpus_of(config).folder

@@ -122,3 +122,8 @@ def test_the_metrics_have_the_guesss_cosine_to_the_new_gradient(runs):
     pairs = [((guess[t.index][0] @ guess[t.index][1].T).double(), new[t.name]) for t in tensors]
     assert column(run, "guide_to_gradient")[INTERVAL + 1] == pytest.approx(cosine(pairs), abs=2e-4)
     assert cosine(pairs) > 0.1  # a guess that says something
+
+
+def test_sgds_bound_is_not_put_on_guided_steps(runs):
+    run = runs.train(**FLAGS | {"optimizer": "sgd", "max_decrease": 1e-9, "guided_learning_rate": 1e-5})
+    assert column(run, "learning_rate")[2:4] == [1e-5, 1e-5]

@@ -180,6 +180,14 @@ def test_a_scope_moves_what_it_names_and_nothing_else(runs, scope):
     assert moved(run) == {name for name in names if SCOPES[scope](name)}
 
 
+@pytest.mark.parametrize("scope", ["blocks:1-1", "head"])
+def test_a_guess_is_followed_within_the_scope(runs, scope):
+    run = runs.train(scope=scope, direction="feedback", optimizer="adam", rank=2, max_steps=3, save_interval=1)
+    names = set(load_file(harness.last_checkpoint(run) / "model.safetensors"))
+    guessed = ("o_proj.weight", "down_proj.weight", "embed_tokens.weight")
+    assert moved(run) == {name for name in names if SCOPES[scope](name) and name.endswith(guessed)}
+
+
 @pytest.mark.parametrize("scope", ["blocks:1-0", "blocks:1", "blocks:a-b", "layers"])
 def test_a_scope_that_is_none_is_refused(errors, runs, scope):
     code, lines = errors(harness.argv(**runs.flags(scope=scope)))
@@ -219,6 +227,14 @@ def test_backpropagations_see_their_own_text(runs, other_text):
     alone = runs.train("alone", **flags)
     assert [row["loss"] for row in harness.metrics(alone)][1] != [row["loss"] for row in harness.metrics(run)][1]
     assert runs.replay(run) == 0
+
+
+def test_a_second_corpus_has_the_column_asked_for(runs, tmp_path):
+    path = tmp_path / "columns.jsonl"
+    path.write_text("".join(json.dumps({"body": f"{'zebra ' * 9}{number}"}) + "\n" for number in range(200)), "utf-8")
+    flags = {"mode": "Calibrate", "bp_interval": 2, "bp_dataset": path}
+    assert runs.code(**flags, text_column="body") == 0
+    assert runs.code(**flags) == 2
 
 
 def test_a_second_corpus_needs_backpropagations_and_text(errors, runs, other_text, tmp_path, miniature):
