@@ -1,20 +1,9 @@
 #!/usr/bin/env bash
 # The runs of RESULTS.md's section on Instruct: `experiments/instruct.sh tiny` and `experiments/instruct.sh 20M`, in
 # logs/instruct/SIZE (LOG_DIR/SIZE). A run that is there is left alone. ONLY=PATTERN limits them; THREADS=N is for two side by side.
-set -euo pipefail
-cd "$(dirname "$0")/.."
+. "$(dirname "$0")/common.sh"
 size=${1:?tiny or 20M}
 logs=${LOG_DIR:-logs/instruct}/$size
-
-run() { # run NAME FLAGS...
-    local name=$1
-    shift
-    [[ $name =~ ${ONLY:-.} ]] || return 0
-    compgen -G "$logs/${name}_2*/finished.json" > /dev/null && return 0
-    echo "== $name"
-    python reproduce_zo_paper.py --run_name "$name" --log_dir "$logs" --model_size "$size" --max_samples 4000 \
-        --save_interval 100000 ${THREADS:+--num_threads "$THREADS"} "$@"
-}
 
 alone="--direction gaussian --query_budget_q 0 --optimizer mudamw" # backpropagations and nothing between
 if [[ $size == tiny ]]; then

@@ -5,12 +5,12 @@ python experiments/instruct_report.py logs/instruct docs/instruct.png
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
+import report
 
 MARKS = {"tiny": (50, 100, 200, 300), "20M": (10, 20, 30, 40, 50, 60)}
 KINDS = {  # name of the runs, without their seed: (words, colour)
@@ -23,22 +23,17 @@ KINDS = {  # name of the runs, without their seed: (words, colour)
 }
 
 
-class Run:
-    """One run's validation losses, against what they cost."""
+class Run(report.Run):
+    """One run's validation losses, against what they cost in steps and backpropagations, too."""
 
     def __init__(self, folder: Path):
-        self.name = re.sub(r"_\d{8}_\d{6}$", "", folder.name)
+        super().__init__(folder)
         self.kind = re.sub(r"_\d$", "", self.name)
-        with open(folder / "metrics.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["val_loss"]]
-        self.steps = np.array([int(row["step"]) for row in rows])
-        self.losses = np.array([float(row["val_loss"]) for row in rows])
-        self.tokens = np.array([float(row["forward_tokens"]) for row in rows])
-        self.seconds = float(rows[-1]["seconds"])
         interval = 1 if self.kind.startswith("backprop") else int((re.findall(r"interval_(\d+)", self.name) or [5])[0])
         self.backpropagations = -(-self.steps // interval)
 
-    def at(self, step: int) -> float:
+    def after(self, step: int) -> float:
+        """The validation loss after so many steps."""
         return float(self.losses[self.steps == step][0])
 
 
@@ -51,7 +46,7 @@ def tables(runs: list[Run], size: str) -> list[str]:
         same = [run for run in runs if run.kind == kind]
         cells = []
         for mark in marks:
-            values = [run.at(mark) for run in same]
+            values = [run.after(mark) for run in same]
             spread = f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.3f}{spread}")
         cost = (same[0].backpropagations[-1], f"{same[0].tokens[-1] / 1e6:.2f}M", f"{np.mean([run.seconds for run in same]):.0f}")

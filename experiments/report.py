@@ -32,6 +32,7 @@ class Run:
         self.kind = re.sub(r"(_short|_long)?(_\d|_\de-\d)?$", "", self.name)
         with open(folder / "metrics.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["val_loss"]]
+        self.steps = np.array([int(row["step"]) for row in rows])
         self.tokens = np.array([float(row["forward_tokens"]) for row in rows])
         self.losses = np.array([float(row["val_loss"]) for row in rows])
         self.seconds = float(rows[-1]["seconds"])

@@ -2,20 +2,9 @@
 # The runs of RESULTS.md. `experiments/results.sh tiny` and `experiments/results.sh 20M` make them, one after the other, in
 # logs/results/SIZE (LOG_DIR/SIZE); a run that is there is left alone. ONLY=PATTERN limits them to names that match; THREADS=N is for
 # two of these side by side.
-set -euo pipefail
-cd "$(dirname "$0")/.."
+. "$(dirname "$0")/common.sh"
 size=${1:?tiny or 20M}
 logs=${LOG_DIR:-logs/results}/$size
-
-run() { # run NAME FLAGS...
-    local name=$1
-    shift
-    [[ $name =~ ${ONLY:-.} ]] || return 0
-    compgen -G "$logs/${name}_2*/finished.json" > /dev/null && return 0
-    echo "== $name"
-    python reproduce_zo_paper.py --run_name "$name" --log_dir "$logs" --model_size "$size" --max_samples 4000 --epochs 99 \
-        --save_interval 100000 ${THREADS:+--num_threads "$THREADS"} "$@"
-}
 
 cosine="--use_lr_scheduler"
 if [[ $size == tiny ]]; then
