@@ -254,8 +254,9 @@ class Config:
     scope: str = flag(
         "full",
         "Model",
-        "what is trained: full, head (with it a tied embedding), norms, blocks:I-J (transformer blocks I to J, from 0), or "
-        "reduced: the last block's MLP and its norm, the final norm and the head",
+        "what is trained: full, head (with it a tied embedding), norms, embedding (with it what else is in no block: head and "
+        "final norm), blocks:I-J (transformer blocks I to J, from 0), reduced: the last block's MLP and its norm, the final "
+        "norm and the head, or layerwise: the embedding by backpropagation, then every block on its own",
     )
 
     dataset: str = flag(
@@ -359,10 +360,20 @@ class Config:
     )
     epochs: int = flag(1, "Optimization", "passes over the training tokens", least=1)
     max_steps: int | None = flag(None, "Optimization", "stop after so many steps (default: epochs decide)", least=1)
-    use_lr_scheduler: bool = flag(False, "Optimization", "linear warm-up, then cosine to min_lr")
+    use_lr_scheduler: bool = flag(False, "Optimization", "linear warm-up, then cosine to min_lr (in each stage of layerwise)")
     warmup_steps: int | None = flag(None, "Optimization", "steps of warm-up (default: 0)", least=0)
     min_lr: float = flag(0.0, "Optimization", "learning rate at the end of the schedule")
     weight_decay: float = flag(0.0, "Optimization", "decoupled weight decay, per unit of learning rate")
+
+    stage_epochs: str = flag(
+        "2,1",
+        "Layerwise",
+        "epochs of each stage of --scope layerwise, the embedding's first; the last number goes for all stages that follow",
+    )
+    stage_steps: str | None = flag(None, "Layerwise", "the same in steps, in place of epochs")
+    stage_learning_rates: str | None = flag(
+        None, "Layerwise", "learning rate of each stage (default: 0.001 for the embedding, by AdamW, then learning_rate)"
+    )
 
     eval_interval: int = flag(100, "Evaluation", "steps between validations (the first and last step always)", least=1)
     eval_samples: int = flag(64, "Evaluation", "validation sequences used (fewer if there are fewer)", least=1)
@@ -462,9 +473,10 @@ class Config:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return Path(self.cache_dir) if self.cache_dir else home / "reproduce_zo_paper"
 
-    def backpropagates(self, step: int) -> bool:
-        """Whether this step uses the true gradient."""
-        return self.mode == "FO" or (self.bp_interval is not None and step % self.bp_interval == 0)
+    @property
+    def layerwise(self) -> bool:
+        """Whether layers are trained one after the other."""
+        return self.scope == "layerwise"
 
 
 def flags_digest(flags: dict) -> str:
@@ -510,7 +522,7 @@ DEFAULT_EPSILON = {"float32": 1e-3, "bfloat16": 3e-3}
 FEEDBACK = {"direction": "feedback", "query_budget_q": 1, "rank": 16, "optimizer": "adam"}
 INSTRUCT = FEEDBACK | {"head": "closed_form", "optimizer": "mudamw", "learning_rate": 3e-3}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SCOPE = re.compile(r"full|head|norms|reduced|blocks:(?P<first>\d+)-(?P<last>\d+)")
+SCOPE = re.compile(r"full|head|norms|embedding|reduced|layerwise|blocks:(?P<first>\d+)-(?P<last>\d+)")
 SEVERAL = "\n"  # between the values of one flag
 NO_VALUE = "\\0"  # stands for a value that was left out: no shell can give it
 
@@ -650,6 +662,18 @@ def range_faults(config: Config) -> list[str]:
             f"--init_from {config.init_from}: neither a folder nor a hub id (OWNER/NAME)",
         ),
         (0 <= config.min_lr <= config.learning_rate, f"--min_lr {config.min_lr:g}: must be from 0 to the learning rate"),
+        (
+            not config.layerwise or config.mode in ("FO", "ZO"),
+            f"--scope layerwise: only --mode FO and ZO have it, not {config.mode}",
+        ),
+        (
+            not config.layerwise or config.head == "estimated",
+            "--scope layerwise: the head is trained with the embedding, in the first stage; leave out --head closed_form",
+        ),
+        (
+            not config.layerwise or config.init_from is None,
+            "--scope layerwise: gives every block new weights, and would undo those of --init_from; take blocks:I-J",
+        ),
         (config.max_decrease >= 0, f"--max_decrease {config.max_decrease:g}: must be at least 0"),
         (0 <= config.weight_decay <= 1e6, f"--weight_decay {config.weight_decay:g}: must be from 0 to 1e6"),
         (0 < config.guide_cosine < 1, f"--guide_cosine {config.guide_cosine:g}: must lie between 0 and 1"),
@@ -713,6 +737,10 @@ def useless_flags(config: Config, given: set[str], faulty: set[str]) -> list[str
         "rank": ("direction", config.direction in ("lowrank", "aligned", "feedback"), "--direction lowrank, aligned or feedback"),
         "query_data": ("query_budget_q", config.query_budget_q > 0 or config.query_data == "shared", "queries"),
         "sample_interval": ("prompt", config.prompt is not None, "--prompt"),
+        "epochs": ("scope", not config.layerwise, "a --scope other than layerwise, which has --stage_epochs"),
+        "stage_epochs": ("scope", config.layerwise and config.stage_steps is None, "--scope layerwise, and with --stage_steps"),
+        "stage_steps": ("scope", config.layerwise, "--scope layerwise"),
+        "stage_learning_rates": ("scope", config.layerwise, "--scope layerwise"),
         "model_size": ("init_from", config.init_from is None, "a new model (without --init_from)"),
         "text_column": (
             "dataset",
@@ -739,7 +767,7 @@ def validate(config: Config, given: set[str], faulty: set[str]) -> list[str]:
         return faults + tracker_faults(config) + export_faults(config)
     faults += range_faults(config) + useless_flags(config, given, faulty)
     faults += [fault for source in config.sources for fault in dataset_faults(source)] + tokenizer_faults(config.tokenizer_name)
-    faults += scope_faults(config.scope)
+    faults += scope_faults(config.scope) + stage_faults(config)
     if config.run_name is not None and (not config.run_name or "/" in config.run_name or config.run_name.startswith(".")):
         faults.append(f"--run_name {config.run_name!r}: must be a plain name, without / or a leading dot")
     faults += tracker_faults(config) + export_faults(config)
@@ -786,7 +814,31 @@ def scope_faults(scope: str) -> list[str]:
     match = SCOPE.fullmatch(scope)
     if match and (match["first"] is None or int(match["first"]) <= int(match["last"])):
         return []
-    return [f"--scope {scope}: must be full, head, norms, reduced, or blocks:I-J with I up to J (blocks:0-1: the first two)"]
+    return [
+        f"--scope {scope}: must be full, head, norms, embedding, reduced, layerwise, or blocks:I-J with I up to J (blocks:0-1: the "
+        "first two)"
+    ]
+
+
+def numbers(text: str, kind: type) -> list:
+    """Positive numbers with commas between them; ValueError for any other text."""
+    values = [kind(part) for part in text.split(",")]
+    if not all(0 < value <= (1e6 if kind is float else sys.maxsize) for value in values):
+        raise ValueError("out of range")
+    return values
+
+
+def stage_faults(config: Config) -> list[str]:
+    """Stages of --scope layerwise whose lengths or rates are not numbers above 0."""
+    faults = []
+    for name, kind in (("stage_epochs", int), ("stage_steps", int), ("stage_learning_rates", float)):
+        text = getattr(config, name)
+        try:
+            numbers(text or "1", kind)
+        except ValueError:
+            wanted = "whole numbers" if kind is int else "numbers"
+            faults.append(f"--{name} {text}: must be {wanted} above 0 with commas between them, such as 2,1")
+    return faults
 
 
 def tokenizer_faults(name: str) -> list[str]:
@@ -2387,7 +2439,7 @@ def trusted_rate(rate: float, projected_grads: np.ndarray, most: float, gain: fl
 
 
 def scheduled_rate(config: Config, step: int, total: int) -> float:
-    """The learning rate of a step: constant, or linear warm-up from 1/warmup_steps and then cosine to min_lr."""
+    """The learning rate of a step of `total`: constant, or linear warm-up from 1/warmup_steps and then cosine to min_lr."""
     if not config.use_lr_scheduler:
         return config.learning_rate
     warmup = config.warmup_steps or 0
@@ -2949,12 +3001,23 @@ def build_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast)
     )
     with torch.random.fork_rng(devices=[]):  # transformers' own initial draws, which are replaced below
         model = transformers.LlamaForCausalLM(about)
+    initialize(model, config.seed)
+    return model.eval()
+
+
+def initialize(model: torch.nn.Module, seed: int, *stage: int) -> None:
+    """Initial weights of a Llama's trainable parameters as a function of the seed (and of a stage): normal matrices, unit
+    norms; drawn on the CPU, the same for any device.
+    """
     with torch.no_grad():
         for index, parameter in enumerate(model.parameters()):
-            if parameter.ndim > 1:
-                generator = stream(parameter.device, config.seed, PURPOSE_INIT, index)
-                parameter.normal_(0.0, INITIAL_DEVIATION, generator=generator)
-    return model.eval()
+            if not parameter.requires_grad:
+                continue
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+                continue
+            generator = stream(torch.device("cpu"), seed, PURPOSE_INIT, index, *stage)
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, INITIAL_DEVIATION, generator=generator))
 
 
 def decoder_blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
@@ -2970,6 +3033,9 @@ def scope_modules(model: torch.nn.Module, scope: str) -> Iterable[torch.nn.Modul
         return [head]
     if scope == "norms":
         return [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    if scope == "embedding":
+        inside = {id(module) for module in blocks.modules()}
+        return [module for module in model.modules() if id(module) not in inside and not list(module.children())]
     match = SCOPE.fullmatch(scope)
     if match["first"] is not None:
         if int(match["last"]) >= len(blocks):
@@ -3061,6 +3127,7 @@ def sample(model: torch.nn.Module, corpus: Corpus, prompt: str, step: int) -> st
 METRICS = (
     "step",
     "epoch",
+    "stage",
     "loss",
     "val_loss",
     "learning_rate",
@@ -3298,9 +3365,10 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     """The whole rows of a metrics.csv, in order, each step once; what is torn or damaged is left out."""
     rows: dict[int, dict[str, str]] = {}
     text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
-    for values in csv.reader(text[: text.rfind("\n") + 1].splitlines()[1:]):
-        row = dict(zip(METRICS, values))
-        if len(values) == len(METRICS) and row["step"].isdigit() and all(is_number(value) for value in values if value):
+    names, *lines = [*csv.reader(text[: text.rfind("\n") + 1].splitlines()), []]
+    for values in lines:
+        row = dict.fromkeys(METRICS, "") | dict(zip(names, values))
+        if len(values) == len(names) and row["step"].isdigit() and all(is_number(value) for value in values if value):
             rows[int(row["step"])] = row
     return [rows[step] for step in sorted(rows)]
 
@@ -3388,17 +3456,33 @@ def theory_line(q: int, dimension: int) -> str:
 FIRST_ORDER_RATE = 1.0
 
 
-def rate_warning(config: Config, dimension: int) -> str | None:
+def rate_warning(config: Config, stage: Stage, dimension: int) -> str | None:
     """A line where sgd's learning rate is far above what theory calls stable for isotropic queries."""
-    if config.optimizer != "sgd" or not config.measures or config.direction in ("aligned", "feedback"):
+    if stage.optimizer != "sgd" or not config.measures or config.direction in ("aligned", "feedback"):
         return None
     stable = FIRST_ORDER_RATE * config.query_budget_q / (dimension + config.query_budget_q + 1)
-    if config.learning_rate <= 1e4 * stable:
+    if stage.learning_rate <= 1e4 * stable:
         return None
     return (
-        f"warning: --learning_rate {config.learning_rate:g} is {config.learning_rate / stable:.0e} times the stable step of "
+        f"warning: --learning_rate {stage.learning_rate:g} is {stage.learning_rate / stable:.0e} times the stable step of "
         f"these queries ({stable:.0e}); if the loss rises, lower it or raise --query_budget_q"
     )
+
+
+def stage_lines(trainer: Trainer) -> list[str]:
+    """What a stage does, where there are several; and how much of the gradient its queries see."""
+    config, stage, lines = trainer.config, trainer.stage, []
+    if config.layerwise:
+        how = f"backpropagation, {stage.optimizer}" if stage.backpropagates else f"queries, {stage.optimizer}"
+        lines.append(
+            f"stage {stage.number} of {len(trainer.stages) - 1}: {stage.scope}, steps {stage.first} to {stage.end - 1}, {how} "
+            f"{stage.learning_rate:g}"
+        )
+    if config.uses_queries and not stage.backpropagates:
+        lines.append(what_is_measured(config, trainer))
+        warning = rate_warning(config, stage, trainer.dimension)
+        lines += [warning] if warning else []
+    return lines
 
 
 def metrics_row(trainer: Trainer, record: Record | None, done: int, val_loss: float | None) -> dict[str, str]:
@@ -3409,6 +3493,7 @@ def metrics_row(trainer: Trainer, record: Record | None, done: int, val_loss: fl
     values = {
         "step": str(done),
         "epoch": f"{done * trainer.config.batch_size / trainer.corpus.blocks:.4f}",
+        "stage": str(trainer.stage.number) if trainer.config.layerwise else "",
         "loss": f"{record.loss:.6f}" if record is not None else "",
         "val_loss": f"{val_loss:.6f}" if val_loss is not None else "",
         "learning_rate": f"{record.learning_rate:.6g}" if record is not None else "",
@@ -3482,6 +3567,9 @@ def draw_loss(run: RunDirectory, unigram: float) -> Path | None:
         for name, style in (("loss", {"alpha": 0.5, "lw": 1}), ("val_loss", {"marker": "o", "ms": 3})):
             points = [(float(row[column]), float(row[name])) for row in run.rows if row[name]]
             panel.plot(*zip(*points), label={"loss": "training", "val_loss": "validation"}[name], **style)
+        for before, after in itertools.pairwise(run.rows):
+            if before["stage"] != after["stage"]:
+                panel.axvline(float(before[column]), color="black", ls=":", lw=0.8)
         panel.axhline(unigram, color="gray", ls="--", lw=1, label="unigram")
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
@@ -3561,12 +3649,11 @@ def model_card(trainer: Trainer) -> str:
     if config.source.hub:
         metadata.append(f"datasets: [{config.source.hub.path}]")
     last = run.rows[-1]
-    trained = sum(tensor.parameter.numel() for tensor in [*trainer.tensors, *trainer.exact])
     validated = [row for row in run.rows if row["val_loss"]]
     facts = {
         "mode": config.mode,
         "initial weights": config.init_from or f"a new Llama of size {config.model_size}, seed {config.seed}",
-        "parameters": f"{count(sum(p.numel() for p in trainer.model.parameters()))}, {count(trained)} trained",
+        "parameters": f"{count(sum(p.numel() for p in trainer.model.parameters()))}, {count(trainer.trained)} trained",
         "data": f"{config.dataset}, {about['documents']['train']:,} documents, {about['tokens']['train']:,} tokens",
         "tokenizer": f"{config.tokenizer_name}, {len(trainer.corpus.tokenizer):,} tokens",
         "steps": last["step"],
@@ -3675,6 +3762,49 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, RuntimeError)) and any(text in str(error) for text in texts)
 
 
+class Stage(NamedTuple):
+    """Steps `first` to `end` - 1, in which the same tensors are trained by the same rule; a run that is not layerwise is one."""
+
+    number: int
+    first: int
+    end: int
+    scope: str
+    optimizer: str
+    learning_rate: float
+    backpropagates: bool
+
+
+EMBEDDING_RATE = 1e-3  # of AdamW, the optimizer of a layerwise run's first stage
+
+
+def stages(config: Config, model: torch.nn.Module, corpus: Corpus) -> list[Stage]:
+    """A run's stages. Layerwise, as in Allaire et al. 2025: the embedding (here with what else is in no block) by
+    backpropagation, then each block, from new weights, by the run's mode; whatever is not in its stage is frozen.
+
+    The paper's settings are not public: that blocks to come are there, with their initial weights, is a choice.
+    UsageError where more stages are described than there are.
+    """
+    if not config.layerwise:
+        total = config.max_steps or config.epochs * corpus.blocks // config.batch_size
+        return [Stage(0, 0, total, config.scope, config.optimizer, config.learning_rate, config.mode == "FO")]
+    scopes = ["embedding", *(f"blocks:{i}-{i}" for i in range(len(decoder_blocks(model))))]
+    each = {name: getattr(config, name) for name in ("stage_epochs", "stage_steps", "stage_learning_rates")}
+    for name, text in each.items():
+        if text and text.count(",") >= len(scopes):
+            raise UsageError(f"--{name} {text}: {text.count(',') + 1} numbers, and there are {len(scopes)} stages")
+    epoch = corpus.blocks // config.batch_size
+    steps = numbers(config.stage_steps, int) if config.stage_steps else [n * epoch for n in numbers(config.stage_epochs, int)]
+    given = config.stage_learning_rates
+    rates = numbers(given, float) if given else [EMBEDDING_RATE, config.learning_rate]
+    found, first = [], 0
+    for number, scope in enumerate(scopes):
+        end, rate = first + steps[min(number, len(steps) - 1)], rates[min(number, len(rates) - 1)]
+        optimizer = config.optimizer if number else "adam"
+        found.append(Stage(number, first, end, scope, optimizer, rate, number == 0 or config.mode == "FO"))
+        first = end
+    return found
+
+
 class Trainer:
     """The state of a run, and its steps."""
 
@@ -3686,40 +3816,76 @@ class Trainer:
         self.device = workers.device
         compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
         self.objective = Objective(model, workers, compute_dtype)
-        head, exact = self.objective.head.weight, config.head == "closed_form"
+        exact = config.head == "closed_form"
         if (exact or config.direction == "feedback") and not self.objective.sliced:
             raise UsageError(
                 "--head closed_form, --direction feedback: this model's logits are not its output layer applied to its hidden states; "
                 "take --head estimated and --direction gaussian"
             )
-        named = [(tensor.name, tensor.parameter) for tensor in choose_scope(model, config.scope)]
+        self.unigram = corpus.unigram_loss()
+        self.group = query_group(config, model.config, self.device)
+        self.stages = stages(config, model, corpus)
+        self.total = min(config.max_steps or self.stages[-1].end, self.stages[-1].end)
+        self.enter(self.stages[0])
+        self.before = float(run.rows[-1]["seconds"]) if run.rows else 0.0
+        self.began = time.perf_counter()
+
+    def enter(self, stage: Stage) -> None:
+        """What a stage trains and the state it does so with; all else is frozen."""
+        config, head, exact = self.config, self.objective.head.weight, self.config.head == "closed_form"
+        self.stage = stage
+        named = [(tensor.name, tensor.parameter) for tensor in choose_scope(self.model, stage.scope)]
         self.exact = trainable_tensors(pair for pair in named if exact and pair[1] is head)
         self.tensors = trainable_tensors(pair for pair in named if not (exact and pair[1] is head))
-        if config.mode == "ZO":  # nothing moves but what queries are about
+        if config.mode == "ZO" and not stage.backpropagates:  # nothing moves but what queries are about
             self.tensors = trainable_tensors((tensor.name, tensor.parameter) for tensor in self._asked())
         self.asked = self._asked()
         self._refuse_nothing(head.requires_grad)
         self.dimension = sum(tensor.parameter.numel() for tensor in self.asked)
-        outer = outer_parameters(model)
-        self.optimizer = Optimizer(config.optimizer, self.tensors, config.weight_decay, outer, workers)
-        self.exact_optimizer = Optimizer("adam", self.exact, config.weight_decay, outer, workers)
+        outer = outer_parameters(self.model)
+        self.optimizer = Optimizer(stage.optimizer, self.tensors, config.weight_decay, outer, self.workers)
+        self.exact_optimizer = Optimizer("adam", self.exact, config.weight_decay, outer, self.workers)
         self.between = self.optimizer
         if config.follows_guess:  # a guess and a gradient are too different to share moments and a step size
-            self.between = Optimizer("adam", self.asked, config.weight_decay, outer, workers, "between/")
-        self.group = query_group(config, model.config, self.device)
+            self.between = Optimizer("adam", self.asked, config.weight_decay, outer, self.workers, "between/")
         self.guide: list[torch.Tensor] | None = None
         self.followed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.guide_to_gradient = math.nan
         self.shares = RunningMean(np.ones(len(self.asked)), FEEDBACK_MEMORY)  # 1: the guess as it is
-        self.unigram = corpus.unigram_loss()
         self.head_index = next((tensor.index for tensor in self.tensors if tensor.parameter is head), None)
         self.row_scale = self._row_scale() if config.direction == "aligned" else {}
-        self.total = config.max_steps or config.epochs * corpus.blocks // config.batch_size
-        self.before = float(run.rows[-1]["seconds"]) if run.rows else 0.0
-        self.began = time.perf_counter()
+
+    def stage_of(self, step: int) -> Stage:
+        """The stage that a step belongs to."""
+        return next(stage for stage in reversed(self.stages) if stage.first <= step)
+
+    def _reach(self, step: int, announce: bool) -> None:
+        """Enters the step's stage, if it begins with it; a block begins from new weights."""
+        stage = self.stage_of(step)
+        if stage is self.stage:
+            return
+        self.enter(stage)
+        initialize(self.model, self.config.seed, stage.number)
+        if announce:
+            for line in stage_lines(self):
+                self.run.say(f"step {step}: {line}")
+
+    def _backpropagates(self, step: int) -> bool:
+        """Whether this step uses the true gradient."""
+        interval = self.config.bp_interval
+        return self.stage.backpropagates or (interval is not None and step % interval == 0)
+
+    @property
+    def trained(self) -> int:
+        """Parameters that any stage trains."""
+        if self.config.layerwise:
+            return sum(parameter.numel() for parameter in self.model.parameters())
+        return sum(tensor.parameter.numel() for tensor in self.tensors + self.exact)
 
     def _asked(self) -> list[Tensor]:
         """The tensors that queries are about: those of the direction family, none without queries or a guess."""
+        if self.stage.backpropagates:
+            return []
         if self.config.direction == "feedback":
             guessed = {id(module.weight) for module in [self.objective.head, *self.objective.residual_writers()]}
             return [tensor for tensor in self.tensors if id(tensor.parameter) in guessed]
@@ -3732,7 +3898,7 @@ class Trainer:
             raise UsageError(f"--head closed_form: --scope {config.scope} does not train the head; leave one of them out")
         if not self.tensors and not self.exact:
             raise UsageError(
-                f"--scope {config.scope}: holds no matrix that --direction {config.direction} knows of; take --direction gaussian"
+                f"--scope {self.stage.scope}: holds no matrix that --direction {config.direction} knows of; take --direction gaussian"
             )
 
     def seconds(self) -> float:
@@ -3746,9 +3912,8 @@ class Trainer:
         """
         config = self.config
         batch = config.batch_size * config.block_size
-        if config.mode == "FO":
-            return steps * batch, 3 * steps * batch
-        backward = -(-steps // config.bp_interval) if config.bp_interval else 0
+        backward = sum(max(0, min(steps, s.end) - s.first) for s in self.stages if s.backpropagates)
+        backward += -(-steps // config.bp_interval) if config.bp_interval else 0
         evaluations = 2 * (1 if config.query_data == "distinct" else config.query_budget_q)
         feedback, exact = config.direction == "feedback", config.head == "closed_form"
         evaluations += config.direction == "aligned" or feedback or exact  # the pass that shows layers' inputs
@@ -3804,9 +3969,10 @@ class Trainer:
 
     def step(self, step: int, known: Record | None, commit: Callable[[Record], None]) -> Record:
         """One step: measures (or takes what is `known` from the journal), commits the record, then updates."""
+        self._reach(step, announce=known is None)
         rate = known.learning_rate if known is not None else self._rate(step)
         grid = self.settle(step)
-        if self.config.backpropagates(step):
+        if self._backpropagates(step):
             return self._backpropagate(step, rate, commit)
         queries, error = self.queries(step)
         record = known if known is not None else self._measure(queries, rate, grid, error)
@@ -3817,14 +3983,14 @@ class Trainer:
         return record
 
     def _scheduled(self, peak: float, step: int) -> float:
-        """A step size that is `peak` at its highest, on the run's schedule."""
-        return peak * (scheduled_rate(self.config, step, self.total) / self.config.learning_rate)
+        """A step size that is `peak` at its highest, on the stage's schedule."""
+        first, end = self.stage.first, min(self.stage.end, self.total)
+        return peak * (scheduled_rate(self.config, step - first, end - first) / self.config.learning_rate)
 
     def _rate(self, step: int) -> float:
         """The step size before anything was measured."""
-        if self.config.follows_guess and not self.config.backpropagates(step):
-            return self._scheduled(self.config.guided_learning_rate, step)
-        return scheduled_rate(self.config, step, self.total)
+        guided = self.config.follows_guess and not self._backpropagates(step)
+        return self._scheduled(self.config.guided_learning_rate if guided else self.stage.learning_rate, step)
 
     def _apply(self, queries: Queries, record: Record) -> None:
         """The update of a step's record. How much of a guess is right changes slowly, and so is averaged over steps."""
@@ -3863,7 +4029,7 @@ class Trainer:
 
     def settle(self, step: int) -> Grid | None:
         """Puts the weights on their grid, where queries are used; every step begins so, and every checkpoint is on it."""
-        if not self.config.measures:
+        if not self.config.measures or self.stage.backpropagates:
             return None
         try:
             return Grid(self.asked, self.config.epsilon, self.largest_z(), self.workers)
@@ -3921,7 +4087,7 @@ class Trainer:
         if not max(1.0, rate) * abs(c[kept]).sum() * queries.family.largest < LARGEST_UPDATE:
             raise NonFiniteError(f"step {queries.step}: the update would overflow (|g| is about {norm:.1e}); {LOWER_RATE}")
         if self.between.name == "sgd":
-            decay = rate / self.config.learning_rate
+            decay = rate / self.stage.learning_rate
             rate = trusted_rate(rate, c[kept], decay * self.config.max_decrease, queries.family.gain)
         return Record(queries.step, rate, float(estimate.losses[kept].mean()), norm, False, c)
 
@@ -3978,8 +4144,9 @@ class Trainer:
         self.settle(done)
         return self.run.save_checkpoint(done, self.model, self.corpus.tokenizer, self.state())
 
-    def load(self, folder: Path) -> None:
-        """Weights and state of a checkpoint whose manifest holds; UsageError where they don't fit this run."""
+    def load(self, folder: Path, done: int) -> None:
+        """Weights and state of a checkpoint after `done` steps whose manifest holds; UsageError where they don't fit this run."""
+        self.enter(self.stage_of(max(0, done - 1)))
         try:
             load_file = importlib.import_module("safetensors.torch").load_file
             weights = load_file(folder / "model.safetensors")
@@ -4045,7 +4212,6 @@ def opening_lines(trainer: Trainer) -> list[str]:
     """What a run says at its start."""
     config, corpus = trainer.config, trainer.corpus
     about, whole = corpus.about, sum(parameter.numel() for parameter in trainer.model.parameters())
-    trained = sum(tensor.parameter.numel() for tensor in trainer.tensors + trainer.exact)
     kind = f"{type(trainer.model).__name__} from {config.init_from}" if config.init_from else f"Llama {config.model_size}"
     threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
     steps = f"steps: {trainer.total} of {config.batch_size} x {config.block_size} tokens"
@@ -4053,7 +4219,7 @@ def opening_lines(trainer: Trainer) -> list[str]:
     lines = [
         f"run directory {trainer.run.path}",
         f"device: {trainer.device}{threads}, computing in {config.dtype}, weights in float32",
-        f"model: {kind}, {count(whole)} parameters, {count(trained)} trained (scope {config.scope})",
+        f"model: {kind}, {count(whole)} parameters, {count(trainer.trained)} trained (scope {config.scope})",
         f"data: {config.dataset}, {sum(about['documents'].values())} documents, {count(about['tokens']['train'])} training tokens "
         f"in {corpus.blocks} sequences, {len(corpus.validation_rows)} validation sequences used; tokenizer "
         f"{config.tokenizer_name}, {len(corpus.tokenizer)} tokens",
@@ -4064,19 +4230,17 @@ def opening_lines(trainer: Trainer) -> list[str]:
         how = f"{trainer.group} in one forward pass" if trainer.group else "one after the other, in place"
         if config.measures:
             lines.append(f"queries: {config.query_budget_q} a step, {config.direction}, {config.query_data} data, {how}")
-        lines.append(what_is_measured(config, trainer))
     if trainer.exact:
         lines.append(f"head: gradient in closed form, AdamW at {config.head_learning_rate:g}")
     if config.bends_directions:
         lines.append(f"guide: one gradient is kept, {trainer.dimension * 4 / 2**20:.1f} MiB")
-    warning = rate_warning(config, trainer.dimension)
-    return lines + ([warning] if warning else [])
+    return lines + stage_lines(trainer)
 
 
 def check_space(trainer: Trainer) -> None:
     """StorageError where the checkpoints that are kept, and the one being written, don't fit on the disk."""
     config = trainer.config
-    copies = {"sgd": 1, "adam": 3, "mudamw": 3}[config.optimizer] + config.bends_directions
+    copies = max(1 if stage.optimizer == "sgd" else 3 for stage in trainer.stages) + config.bends_directions
     each = 4 * copies * sum(parameter.numel() for parameter in trainer.model.parameters())
     each += 8 * sum(tensor.parameter.numel() for tensor in trainer.exact + (trainer.asked if config.follows_guess else []))
     due = min(config.keep_checkpoints + 1, 1 + trainer.total // config.save_interval)
@@ -4097,8 +4261,8 @@ def restore(trainer: Trainer, journal: Journal) -> int:
         if fault is None and read_json(folder / "state.json").get("run") != trainer.config.identity:
             fault = "it is another run's"
         if fault is None:
-            trainer.load(folder)
             start = int(folder.name.removeprefix("step_"))
+            trainer.load(folder, start)
             break
         trainer.run.say(f"passed over {folder}: {fault}")
         set_aside(folder)
@@ -4257,7 +4421,7 @@ def rehearsal(trainer: Trainer, journal: Journal) -> list[str]:
         timed(functools.partial(trainer.step, step, None, journal.append))
     folder = timed(lambda: trainer.save(2))
     weights = weights_digest(trainer.model)
-    trainer.load(folder)
+    trainer.load(folder, 2)
     if folder_fault(folder) or weights_digest(trainer.model) != weights:
         raise StorageError(f"{folder}: read back, the checkpoint is not what was written: {folder_fault(folder)}")
     validation, first, second, saving = seconds
