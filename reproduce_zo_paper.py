@@ -13,6 +13,7 @@ so no direction is stored, both evaluation paths measure the same thing, and a r
     python reproduce_zo_paper.py --mode ZO --query_budget_q 4 --model_size 20M --batch_size 4 --learning_rate 1e-3
     python reproduce_zo_paper.py --mode ZO --query_budget_q 16 --parallel_q_computation --direction lowrank
     python reproduce_zo_paper.py --mode Instruct --query_budget_q 10 --bp_interval 5 --model_size 20M
+    torchrun --nproc_per_node 2 reproduce_zo_paper.py --query_budget_q 16    a step's queries shared out to two processes
 
 Each run writes a directory logs/<run_name>_<date>_<time>/ with config.json, metrics.csv, train.log, loss.png and
 checkpoints/step_XXXXXXXX/, a Hugging Face model folder. `zo_gradient_estimator` is the same estimator as a function.
@@ -21,6 +22,7 @@ Sections, each calling only those above it:
     Configuration   the flags: one dataclass, the parser built from it, every fault reported at once
     Randomness      coordinates to generator; a permutation without a table
     Workers         independent blocks on all cores
+    Ranks           a step's queries shared out to processes; only what they measure travels
     Directions      the families of z: a dense block, or low-rank factors
     Estimation      the loss in tiles; projected gradients in place or batched; the library function
     Optimization    updates from scalars and seeds; optimizers a tensor at a time; the schedule
@@ -42,6 +44,7 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import errno
 import fcntl
@@ -123,6 +126,12 @@ class StorageError(Exception):
     """A file or folder that can't be written. Exit code 4."""
 
     exit_code = 4
+
+
+class RankError(Exception):
+    """Another process of this run is gone, silent, or has other weights. Exit code 5; the run can be resumed."""
+
+    exit_code = 5
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -416,7 +425,18 @@ class Config:
 
     device: str = flag("auto", "System", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("float32", "System", "dtype of computation; weights are always float32", choices=("float32", "bfloat16"))
-    num_threads: int | None = flag(None, "System", "CPU threads (default: all cores)", least=1)
+    num_threads: int | None = flag(
+        None, "System", "CPU threads of a process (default: all cores, shared out evenly under torchrun)", least=1
+    )
+    sync_check_interval: int = flag(
+        50, "System", "under torchrun, steps between checks that all ranks have the same weights, by a hash of a sample", least=1
+    )
+    rank_timeout: float = flag(
+        600.0,
+        "System",
+        "under torchrun, seconds that a rank waits for the others in a step before it stops; more than a validation and a "
+        "checkpoint take",
+    )
 
     @property
     def source(self) -> Source:
@@ -496,7 +516,8 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="reproduce_zo_paper.py",
         description=__doc__.split("\n\n")[0],
-        epilog="Exit codes: 0 done, 1 unexpected, 2 bad usage or input, 3 training became non-finite, 4 storage, 130 or 143 stopped.",
+        epilog="Exit codes: 0 done, 1 unexpected, 2 bad usage or input, 3 training became non-finite, 4 storage, "
+        "5 another rank is gone, 130 or 143 stopped.",
         allow_abbrev=False,
     )
     groups: dict[str, argparse._ArgumentGroup] = {}
@@ -566,7 +587,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 FREE_FLAGS = {
     *("log_interval", "eval_interval", "save_interval", "keep_checkpoints", "num_threads", "epochs", "max_steps"),
     *("log_dir", "debug", "cache_dir", "on_nonfinite", "parallel_batch_size", "prompt", "sample_interval"),
-    *("offline", "export_dir", "tensorboard", "track", "dry_run"),
+    *("offline", "export_dir", "tensorboard", "track", "dry_run", "sync_check_interval", "rank_timeout"),
 }
 ACTIONS = ("resume", "replay", "replay_step", "compare")
 
@@ -674,6 +695,7 @@ def range_faults(config: Config) -> list[str]:
             not config.layerwise or config.init_from is None,
             "--scope layerwise: gives every block new weights, and would undo those of --init_from; take blocks:I-J",
         ),
+        (0 < config.rank_timeout <= 1e6, f"--rank_timeout {config.rank_timeout:g}: must be above 0 seconds, and 1e6 at most"),
         (config.max_decrease >= 0, f"--max_decrease {config.max_decrease:g}: must be at least 0"),
         (0 <= config.weight_decay <= 1e6, f"--weight_decay {config.weight_decay:g}: must be from 0 to 1e6"),
         (0 < config.guide_cosine < 1, f"--guide_cosine {config.guide_cosine:g}: must lie between 0 and 1"),
@@ -889,7 +911,7 @@ def folder_faults(flag_name: str, folder: Path) -> list[str]:
 # No draw depends on what was drawn before it. A purpose and integer coordinates name every stream; torch's and
 # numpy's global generators are never touched. The purposes are part of the format: never renumber them.
 
-PURPOSE_INIT, PURPOSE_DIRECTION, PURPOSE_DATA, PURPOSE_BASIS, PURPOSE_SAMPLE = 1, 2, 3, 4, 5
+PURPOSE_INIT, PURPOSE_DIRECTION, PURPOSE_DATA, PURPOSE_BASIS, PURPOSE_SAMPLE, PURPOSE_CHECK = 1, 2, 3, 4, 5, 6
 
 # Elements of one block of a direction. Part of the format, per device type, since devices draw different numbers
 # from the same seed anyway: on a CPU a block and its scratch stay in the cache, on a GPU launches must be few.
@@ -1025,6 +1047,190 @@ class Workers:
                 future.result()
         if failures:
             raise failures[0]
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Ranks: a step's queries shared out to processes                                                  │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+# Every rank has the whole model and makes the same steps. It measures its share of a step's queries; one all-gather hands
+# all losses to all ranks, 16 bytes a query; and each applies the same update from the same seeds. A backpropagation is
+# rank 0's, and its gradient is broadcast: an average of gradients of parts of the batch would not have the bits of one
+# process, with which any number of ranks can resume and replay, and only rank 0 needs the memory that it takes. The run
+# directory is rank 0's: what the others need of it, on other machines too, they are handed once, at the start.
+
+
+class Stop:
+    """SIGINT or SIGTERM ends what prepares a run at once. Once it `steps`, the first one asks to stop after the step in
+    flight, and a second one, a second or more later, ends the process (torchrun passes the terminal's own on).
+    """
+
+    def __init__(self):
+        self.signal: int | None = None
+        self.steps = False
+        self.since = 0.0
+
+    def __enter__(self) -> Stop:
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        if not self.steps:
+            raise KeyboardInterrupt(number)
+        if self.signal is not None:
+            if time.monotonic() - self.since > 1:
+                os._exit(128 + number)  # the journal is on disk, and nothing is half-written: no clean-up is owed
+            return
+        self.signal, self.since = number, time.monotonic()
+        os.write(2, b"\nstopping after the step in flight (once more: at once)\n")
+
+
+class Ranks:
+    """The processes of a run as torchrun starts them (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); or one alone.
+
+    What travels in a step goes between hosts' memories by gloo; gradients on CUDA go by nccl. RankError where another rank
+    does not answer.
+    """
+
+    def __init__(self, timeout: float, stop: Stop):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        self.timeout, self.stop = datetime.timedelta(seconds=timeout), stop
+        self.agreed = 0
+        self.sent = 0  # bytes that this rank has given to the others
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which keeps the run directory."""
+        return self.rank == 0
+
+    @property
+    def signal(self) -> int:
+        """The signal after which all ranks stop, 0 if there is none: known to all from the same step on."""
+        return self.agreed if self.size > 1 else self.stop.signal or 0
+
+    @functools.cached_property
+    def store(self) -> torch.distributed.Store:
+        """A few keys that all ranks see: torchrun's, or rank 0's."""
+        rendezvous = importlib.import_module("torch.distributed.rendezvous").rendezvous
+        return next(rendezvous("env://", self.rank, self.size, timeout=self.timeout))[0]
+
+    def __enter__(self) -> Ranks:
+        if self.size > 1:
+            nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
+            with self._others("at the start"):
+                torch.distributed.init_process_group(
+                    "cpu:gloo,cuda:nccl" if nccl else "gloo",
+                    store=torch.distributed.PrefixStore("group", self.store),
+                    rank=self.rank,
+                    world_size=self.size,
+                    timeout=self.timeout,
+                )
+                # what prepares a run, or ends it, may take rank 0 hours; a rank that is gone is noticed at once all the same
+                self.patient = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+        return self
+
+    def __exit__(self, kind, *exception) -> None:
+        if self.size > 1 and kind is None:
+            with self._others("at the end"):  # whoever is first to go would have torchrun end the others
+                torch.distributed.barrier(self.patient)
+            torch.distributed.destroy_process_group()
+
+    @contextlib.contextmanager
+    def _others(self, where: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            silent = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+            what = (
+                f"another rank has been silent for {self.timeout.total_seconds():g} s (--rank_timeout)"
+                if silent
+                else "another rank is gone"
+            )
+            raise RankError(f"{where}: {what}; start the ranks again with --resume to go on") from error
+
+    def may_say(self, error: Exception) -> bool:
+        """Whether this rank is to say what ended it: once for all ranks, and not that another is gone if that one did say why."""
+        if self.size == 1:
+            return True
+        try:
+            if isinstance(error, RankError):
+                return not self.store.check(["explained"]) and self.store.add("gone", 1) == 1
+            self.store.set("explained", "")
+            return self.store.add(hashlib.sha256(str(error).encode()).hexdigest(), 1) == 1
+        except (RuntimeError, RankError):  # no rank can be asked
+            return True
+
+    def share(self, q: int) -> range:
+        """This rank's queries: consecutive ones, as many as any other's or one more."""
+        return range(q * self.rank // self.size, q * (self.rank + 1) // self.size)
+
+    def exchange(self, own: np.ndarray, q: int, digest: float, where: str) -> np.ndarray:
+        """All ranks' rows, float64 [q, 2], of which `own` are this rank's share: the one message of a step.
+
+        With it go whether a rank was asked to stop, and the digest of its weights; RankError where those differ.
+        """
+        if self.size == 1:
+            return own
+        most = -(-q // self.size)
+        mine = torch.zeros(2 + 2 * most, dtype=torch.float64)
+        mine[:2] = torch.tensor([self.stop.signal or 0, digest])
+        mine[2 : 2 + own.size] = torch.from_numpy(own.ravel())
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._others(where):
+            torch.distributed.all_gather(everyone, mine)
+        self.sent += mine.nbytes
+        rows = torch.stack(everyone).numpy()
+        odd = [rank for rank in range(self.size) if rows[rank, 1] != rows[0, 1]]
+        if odd:
+            raise RankError(
+                f"{where}: ranks {', '.join(map(str, odd))} have other weights than rank 0; do all run on the same kind of device, "
+                "with the same versions? Start them again with --resume to go on"
+            )
+        self.agreed = int(rows[:, 0].max())
+        counts = [q * (rank + 1) // self.size - q * rank // self.size for rank in range(self.size)]
+        return np.concatenate([row[2 : 2 + 2 * n].reshape(n, 2) for row, n in zip(rows, counts)])
+
+    def broadcast(self, tensors: Iterable[torch.Tensor], where: str) -> None:
+        """Rank 0's values in place of the others'."""
+        for tensor in tensors if self.size > 1 else []:
+            with self._others(where):
+                torch.distributed.broadcast(tensor, 0)
+            self.sent += tensor.nbytes * self.first
+
+    def hand_out(self, content: bytes = b"") -> bytes:
+        """Rank 0's bytes; the others wait for them as long as it takes."""
+        if self.size == 1:
+            return content
+        with self._others("at the start"):
+            size = torch.tensor([len(content)])
+            torch.distributed.broadcast(size, 0, self.patient)
+            held = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content and self.first else None
+            held = torch.empty(int(size), dtype=torch.uint8) if held is None else held
+            if len(held):
+                torch.distributed.broadcast(held, 0, self.patient)
+        return held.numpy().tobytes()
+
+    def agree(self, facts: dict[str, str]) -> None:
+        """UsageError where a rank's facts are others than rank 0's, when all are ready to compare."""
+        if self.size == 1:
+            return
+        told = json.loads(self.hand_out(json.dumps(facts).encode()))
+        odd = [name for name, fact in facts.items() if told[name] != fact]
+        counts = torch.zeros(self.size, dtype=torch.int64)
+        counts[self.rank] = len(odd)
+        with self._others("at the start"):
+            torch.distributed.all_reduce(counts, group=self.patient)
+        if odd:
+            lines = [f"{name}: {facts[name]}, rank 0 has {told[name]}" for name in odd]
+            raise UsageError(f"rank {self.rank} is not like rank 0: " + "; ".join(lines))
+        if counts.any():
+            raise RankError(f"ranks {', '.join(map(str, counts.nonzero()[:, 0].tolist()))} are not like rank 0")
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -2164,7 +2370,7 @@ def batched_losses(
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step's queries measured: losses float64 [q, 2] at theta + epsilon z and theta - epsilon z."""
+    """What queries measured: losses float64 [queries, 2] at theta + epsilon z and theta - epsilon z."""
 
     losses: np.ndarray
     epsilon: float
@@ -2182,16 +2388,22 @@ class Estimate:
 
 
 def projected_gradients(
-    objective: Objective, tensors: list[Tensor], batch: Batch, queries: Queries, group: int = 0, grid: Grid | None = None
+    objective: Objective,
+    tensors: list[Tensor],
+    batch: Batch,
+    queries: Queries,
+    group: int = 0,
+    grid: Grid | None = None,
+    chosen: Sequence[int] | None = None,
 ) -> Estimate:
-    """Measures the queries: in place one after the other (group 0), or `group` at a time in one forward pass.
+    """Measures the queries, or those `chosen`: in place one after the other (group 0), or `group` in one forward pass.
 
     Both paths see the same directions and data. A model that can't be batched is measured in place, with a warning.
     In place, the weights are put on a grid first unless `grid` is given. No gradient and no direction is stored;
     nothing is updated.
     """
-    chosen = range(queries.q)
-    if group:
+    chosen = range(queries.q) if chosen is None else chosen
+    if group and len(chosen):
         try:
             return Estimate(batched_losses(objective, tensors, batch, queries, chosen, group), queries.epsilon)
         except CannotBatch as reason:
@@ -2937,14 +3149,30 @@ def write_corpus(config: Config, source: Source, given, folder: Path) -> None:
 INITIAL_DEVIATION = 0.02
 
 
-def choose_device(name: str) -> torch.device:
-    """The device asked for, or the best there is; UsageError if it isn't there."""
+def choose_device(name: str, ranks: Ranks) -> torch.device:
+    """The device asked for, or the best there is, on CUDA one for each rank of a machine; UsageError if it isn't there."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
     if not there[name]:
         raise UsageError(f"--device {name}: torch {torch.__version__} finds none here; use --device auto")
+    if name == "cuda" and ranks.size > 1:
+        if ranks.local_size > torch.cuda.device_count():
+            raise UsageError(
+                f"--device cuda: {ranks.local_size} processes, {torch.cuda.device_count()} devices; lower --nproc_per_node"
+            )
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
     return torch.device(name)
+
+
+def cpu_threads(config: Config, ranks: Ranks) -> int | None:
+    """Threads of this process; None: as many as torch takes by itself."""
+    if config.num_threads or ranks.size == 1:
+        return config.num_threads
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // ranks.local_size)
 
 
 def loaded_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast) -> torch.nn.Module:
@@ -2976,6 +3204,21 @@ def weights_digest(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for parameter in model.parameters():
         digest.update(parameter.detach().cpu().numpy())
+    return digest.hexdigest()
+
+
+SAMPLED_WEIGHTS = 4096  # of each parameter
+
+
+def sample_digest(model: torch.nn.Module, seed: int, step: int) -> str:
+    """SHA-256 of a sample of the weights, which is another one in every step: a difference that stays is found."""
+    digest = hashlib.sha256()
+    for index, parameter in enumerate(model.parameters()):
+        values = parameter.detach().reshape(-1)
+        if len(values) > SAMPLED_WEIGHTS:
+            generator = stream(torch.device("cpu"), seed, PURPOSE_CHECK, step, index)
+            values = values[torch.randint(len(values), (SAMPLED_WEIGHTS,), generator=generator).to(values.device)]
+        digest.update(values.cpu().numpy())
     return digest.hexdigest()
 
 
@@ -3162,19 +3405,24 @@ class Journal:
     `records`, and its step is measured again. A killed process loses none; a power cut, those of one second at most.
     """
 
-    def __init__(self, path: Path, q: int, identity: str):
+    def __init__(self, path: Path | None, q: int, identity: str):
+        """`path` None: a copy in memory, as ranks other than 0 have it."""
         self.start = zlib.crc32(identity.encode())  # of each checksum: another run's record does not fit
         fields = [("step", "<u8"), ("learning_rate", "<f8"), ("loss", "<f8"), ("grad_norm", "<f8")]
         fields += [("backpropagated", "<u4"), ("checksum", "<u4"), ("projected_grads", "<f8", (q,))]
-        self.path, self.dtype = path, np.dtype(fields)
-        with storing(path):
-            self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            raw = path.read_bytes()
+        self.path, self.dtype, self.records = path, np.dtype(fields), {}
+        if path is not None:
+            with storing(path):
+                self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                self.take(path.read_bytes())
+        self.flushed = time.monotonic()
+
+    def take(self, raw: bytes) -> None:
+        """The records of a journal's bytes."""
         size = self.dtype.itemsize
         rows = np.frombuffer(raw[: len(raw) // size * size], self.dtype)
         self.records = {int(row["step"]): self._record(row) for place, row in enumerate(rows) if self._holds(row, place)}
         self.damaged = len(rows) - len(self.records)
-        self.flushed = time.monotonic()
 
     def _holds(self, row: np.void, place: int) -> bool:
         return row["step"] == place and row["checksum"] == self._checksum(row)
@@ -3190,7 +3438,14 @@ class Journal:
         return zlib.crc32(bare.tobytes(), self.start)
 
     def append(self, record: Record) -> None:
-        """Writes the record of a step in its place."""
+        """Writes the record of a step in its place, if it is not there."""
+        if record.step in self.records:
+            return
+        if self.path is not None:
+            self._write(record)
+        self.records[record.step] = record
+
+    def _write(self, record: Record) -> None:
         row = np.zeros((), self.dtype)[()]
         for name in ("step", "learning_rate", "loss", "grad_norm", "backpropagated", "projected_grads"):
             row[name] = getattr(record, name)
@@ -3201,7 +3456,6 @@ class Journal:
             if time.monotonic() - self.flushed > 1:
                 os.fsync(self.file)
                 self.flushed = time.monotonic()
-        self.records[record.step] = record
 
     def reach(self, start: int) -> int:
         """The first step from `start` on that has no record; what lies behind it is cut off."""
@@ -3212,7 +3466,8 @@ class Journal:
         return end
 
     def close(self) -> None:
-        os.close(self.file)
+        if self.path is not None:
+            os.close(self.file)
 
 
 class RunDirectory:
@@ -3350,6 +3605,19 @@ class RunDirectory:
     def checkpoint_folders(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
         return sorted(path for path in self.checkpoints.glob("step_*") if path.is_dir())
+
+
+class Onlooker:
+    """What ranks other than 0 have in place of the run directory, which is rank 0's: they say and write nothing."""
+
+    def __init__(self):
+        self.rows: list[dict[str, str]] = []
+
+    def say(self, line: str) -> None:
+        pass
+
+    def pin(self, name: str, facts: dict) -> None:
+        pass
 
 
 def git_commit() -> str | None:
@@ -3809,10 +4077,17 @@ class Trainer:
     """The state of a run, and its steps."""
 
     def __init__(
-        self, config: Config, run: RunDirectory, corpus: Corpus, bp_corpus: Corpus, model: torch.nn.Module, workers: Workers
+        self,
+        config: Config,
+        run: RunDirectory | Onlooker,
+        corpus: Corpus,
+        bp_corpus: Corpus,
+        model: torch.nn.Module,
+        workers: Workers,
+        ranks: Ranks,
     ):
         self.config, self.run, self.corpus, self.bp_corpus = config, run, corpus, bp_corpus
-        self.model, self.workers = model, workers
+        self.model, self.workers, self.ranks = model, workers, ranks
         self.device = workers.device
         compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
         self.objective = Objective(model, workers, compute_dtype)
@@ -3975,12 +4250,24 @@ class Trainer:
         if self._backpropagates(step):
             return self._backpropagate(step, rate, commit)
         queries, error = self.queries(step)
+        if known is not None:
+            self._exchange(step)
         record = known if known is not None else self._measure(queries, rate, grid, error)
         exact = [self._checked(error.inside, step)] if self.exact else []
         commit(record)
         self._apply(queries, record)
         self.exact_optimizer.apply_gradient(exact, self._scheduled(self.config.head_learning_rate, step))
         return record
+
+    def _exchange(self, step: int, own: np.ndarray | None = None) -> np.ndarray:
+        """The losses of all queries, from those of this rank's share (none where a step measures nothing); and now and then
+        a look whether all ranks have the same weights.
+        """
+        digest = 0.0
+        if self.ranks.size > 1 and step % self.config.sync_check_interval == 0:  # 48 bits fit into a float64
+            digest = float(int(sample_digest(self.model, self.config.seed, step)[:12], 16))
+        q = 0 if own is None else self.config.query_budget_q
+        return self.ranks.exchange(np.empty((0, 2)) if own is None else own, q, digest, f"step {step}")
 
     def _scheduled(self, peak: float, step: int) -> float:
         """A step size that is `peak` at its highest, on the stage's schedule."""
@@ -4036,9 +4323,22 @@ class Trainer:
         except FloatingPointError as error:
             raise NonFiniteError(f"step {step}: {error}; {LOWER_RATE}") from error
 
+    def _true_gradient(self, step: int) -> tuple[float, list[torch.Tensor]]:
+        """The loss and gradient of a step's batch, by rank 0, on all ranks."""
+        tensors = [*self.tensors, *self.exact]
+        if self.ranks.first:
+            input_ids = self.bp_corpus.batch(step)
+            loss, gradients = self.objective.gradient(input_ids, input_ids, tensors)
+            gradients = [gradient.contiguous() for gradient in gradients]
+        else:
+            loss, gradients = math.nan, [torch.empty_like(tensor.parameter, requires_grad=False) for tensor in tensors]
+        self._exchange(step)
+        loss_on_all = torch.tensor([loss], dtype=torch.float64)
+        self.ranks.broadcast([loss_on_all, *gradients], f"step {step}")
+        return loss_on_all.item(), gradients
+
     def _backpropagate(self, step: int, rate: float, commit: Callable[[Record], None]) -> Record:
-        input_ids = self.bp_corpus.batch(step)
-        loss, gradients = self.objective.gradient(input_ids, input_ids, [*self.tensors, *self.exact])
+        loss, gradients = self._true_gradient(step)
         norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=wide(self.device)) for gradient in gradients])
         norm = torch.linalg.vector_norm(norms).item()
         for name, value in (("loss", loss), ("gradient", norm)):
@@ -4059,6 +4359,8 @@ class Trainer:
         return record
 
     def _measure(self, queries: Queries, rate: float, grid: Grid, error: OutputError | None) -> Record:
+        if queries.q == 0:
+            self._exchange(queries.step)
         if queries.q == 0 and error is None:  # backpropagations alone: a pass for the metrics
             input_ids = self.corpus.batch(queries.step)
             return Record(queries.step, rate, self.objective.losses(input_ids, input_ids).item(), 0.0, False, np.empty(0))
@@ -4071,7 +4373,8 @@ class Trainer:
         batch = query_batch(input_ids, input_ids, queries.q, self.config.query_data)
         while True:
             try:
-                estimate = projected_gradients(self.objective, self.asked, batch, queries, self.group, grid)
+                chosen = self.ranks.share(queries.q)
+                estimate = projected_gradients(self.objective, self.asked, batch, queries, self.group, grid, chosen)
                 break
             except RuntimeError as failure:
                 if not is_out_of_memory(failure) or self.group == 0:
@@ -4081,6 +4384,7 @@ class Trainer:
                 self.run.say(f"out of memory at step {queries.step}: now {how}")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+        estimate = Estimate(self._exchange(queries.step, estimate.losses), queries.epsilon)
         c = self._finite(queries.step, estimate)
         kept = np.isfinite(c)
         norm = self._estimate_norm(queries, c)
@@ -4156,56 +4460,43 @@ class Trainer:
                     if weights[name].shape != parameter.shape:
                         raise ValueError(f"{name} has another shape")
                     parameter.copy_(weights[name])
-            guide = [state.pop(f"guide/{tensor.name}", None) for tensor in self.tensors]
-            if guide and all(part is not None for part in guide):
-                self.guide = [part.to(self.device) for part in guide]
-            if (met := state.pop("guide_to_gradient", None)) is not None:
-                self.guide_to_gradient = met.item()
-            followed = {t.index: [state.pop(f"followed/{t.name}/{i}", None) for i in (0, 1)] for t in self.asked}
-            self.followed = {
-                at: tuple(part.to(self.device) for part in parts) for at, parts in followed.items() if None not in parts
-            }
-            if (shares := state.pop("feedback/shares", None)) is not None:
-                self.shares.load(shares)
-            self.optimizer.load(state)
-            self.exact_optimizer.load(state)
-            self.between.load(state)
-            if state:
-                raise ValueError(f"state of unknown tensors: {', '.join(sorted(state)[:3])}")
+            self._take(state)
         except (KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise UsageError(f"{folder}: does not fit this run ({first_line(error)})") from error
+
+    def _take(self, state: dict[str, torch.Tensor]) -> None:
+        """What `state` gave; ValueError where it does not fit, and nothing of `state` is left."""
+        guide = [state.pop(f"guide/{tensor.name}", None) for tensor in self.tensors]
+        if guide and all(part is not None for part in guide):
+            self.guide = [part.to(self.device) for part in guide]
+        if (met := state.pop("guide_to_gradient", None)) is not None:
+            self.guide_to_gradient = met.item()
+        followed = {t.index: [state.pop(f"followed/{t.name}/{i}", None) for i in (0, 1)] for t in self.asked}
+        self.followed = {at: tuple(part.to(self.device) for part in parts) for at, parts in followed.items() if None not in parts}
+        if (shares := state.pop("feedback/shares", None)) is not None:
+            self.shares.load(shares)
+        self.optimizer.load(state)
+        self.exact_optimizer.load(state)
+        self.between.load(state)
+        if state:
+            raise ValueError(f"state of unknown tensors: {', '.join(sorted(state)[:3])}")
+
+    def join(self, done: int) -> None:
+        """Hands rank 0's weights and state after `done` steps to the other ranks."""
+        state = self.state() if self.ranks.first else {}
+        shapes = {name: [str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in state.items()}
+        shapes = json.loads(self.ranks.hand_out(json.dumps(shapes).encode()))
+        if not self.ranks.first:
+            self.enter(self.stage_of(max(0, done - 1)))
+            state = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in shapes.items()}
+        state = {name: value.cpu().contiguous() for name, value in state.items()}
+        self.ranks.broadcast([*state.values(), *(p.data for p in self.model.parameters())], "at the start")
+        if not self.ranks.first:
+            self._take(state)
 
 
 LOWER_RATE = "lower --learning_rate or --epsilon"
 LARGEST_UPDATE = 1e18  # a gradient entry beyond this overflows the squares that adam keeps
-
-
-class Stop:
-    """SIGINT or SIGTERM ends what prepares a run at once. Once it `steps`, the first one asks to stop after the step in
-    flight, and a second one ends the process.
-    """
-
-    def __init__(self):
-        self.signal: int | None = None
-        self.steps = False
-
-    def __enter__(self) -> Stop:
-        self.before = {}
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame) -> None:
-        if not self.steps:
-            raise KeyboardInterrupt(number)
-        if self.signal is not None:
-            os._exit(128 + number)  # the journal is on disk, and nothing is half-written: no clean-up is owed
-        self.signal = number
-        os.write(2, b"\nstopping after the step in flight (once more: at once)\n")
 
 
 def opening_lines(trainer: Trainer) -> list[str]:
@@ -4234,6 +4525,11 @@ def opening_lines(trainer: Trainer) -> list[str]:
         lines.append(f"head: gradient in closed form, AdamW at {config.head_learning_rate:g}")
     if config.bends_directions:
         lines.append(f"guide: one gradient is kept, {trainer.dimension * 4 / 2**20:.1f} MiB")
+    if (ranks := trainer.ranks).size > 1:
+        least, most = config.query_budget_q // ranks.size, -(-config.query_budget_q // ranks.size)
+        each = f"{most}" if least == most else f"{least} or {most}"
+        rest = f"each measures {each} of a step's queries" if config.measures else "there are no queries to share out"
+        lines.append(f"ranks: {ranks.size} processes; {rest}; backpropagation, validation and files are rank 0's")
     return lines + stage_lines(trainer)
 
 
@@ -4281,108 +4577,161 @@ def quiet_libraries() -> None:
 
 
 @contextlib.contextmanager
-def prepared(config: Config, run: RunDirectory) -> Iterator[tuple[Trainer, Journal]]:
+def prepared(config: Config, run: RunDirectory | Onlooker, ranks: Ranks) -> Iterator[tuple[Trainer, Journal]]:
     """Device, data, model and journal in place, nothing trained."""
     go_offline_if_needed(config)
     quiet_libraries()
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    with Workers(choose_device(config.device)) as workers:
+    if threads := cpu_threads(config, ranks):
+        torch.set_num_threads(threads)
+    with Workers(choose_device(config.device, ranks)) as workers:
         corpus = prepare_corpus(config, config.source, given_tokenizer(config), workers.device, run.say)
         run.pin("corpus.json", {"tokens_folder": corpus.folder.name, **corpus.about})
         bp_corpus = corpus
-        if config.bp_source:
+        if config.bp_source and ranks.first:
             bp_corpus = prepare_corpus(config, config.bp_source, corpus.tokenizer, workers.device, run.say)
             run.pin("bp_corpus.json", {"tokens_folder": bp_corpus.folder.name, **bp_corpus.about})
         model = build_model(config, corpus.tokenizer)
         if config.init_from:  # replay, and a resume without a checkpoint, begin with these weights
             run.pin("initial.json", {"init_from": config.init_from, "sha256": weights_digest(model)})
         model = model.to(workers.device)
-        trainer = Trainer(config, run, corpus, bp_corpus, model, workers)
-        check_space(trainer)
-        with contextlib.closing(Journal(run.path / "journal.bin", config.query_budget_q, config.identity)) as journal:
+        trainer = Trainer(config, run, corpus, bp_corpus, model, workers, ranks)
+        if ranks.first:
+            check_space(trainer)
+        path = run.path / "journal.bin" if ranks.first else None
+        with contextlib.closing(Journal(path, config.query_budget_q, config.identity)) as journal:
             yield trainer, journal
 
 
-def train(config: Config, run: RunDirectory, resumed: bool = False) -> int:
+def together(trainer: Trainer, journal: Journal, start: int) -> int:
+    """Brings all ranks to where rank 0 is, and sees that they are alike; the step that they start from."""
+    ranks = trainer.ranks
+    if ranks.size == 1:
+        return start
+    start = int(ranks.hand_out(str(start).encode()))
+    if start:
+        trainer.join(start)
+    raw = ranks.hand_out(journal.path.read_bytes() if ranks.first else b"")
+    if not ranks.first:
+        journal.take(raw)
+    tokens = file_digest(trainer.corpus.folder / MANIFEST)
+    weights = sample_digest(trainer.model, trainer.config.seed, start)
+    device = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else trainer.device.type
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    ranks.agree({"tokens": tokens, "weights": weights, "device": device, "versions": versions})
+    return start
+
+
+def train(config: Config, run: RunDirectory | Onlooker, ranks: Ranks, resumed: bool = False) -> int:
     """Trains, from the start or from where the run was stopped; the exit code."""
-    with Stop() as stop, prepared(config, run) as (trainer, journal):
-        for line in opening_lines(trainer):
+    with prepared(config, run, ranks) as (trainer, journal):
+        for line in opening_lines(trainer) if ranks.first else []:
             run.say(line)
-        start = restore(trainer, journal) if resumed else 0
-        stop.steps = True
-        return loop(trainer, journal, start, stop)
+        start = restore(trainer, journal) if resumed and ranks.first else 0
+        start = together(trainer, journal, start)
+        ranks.stop.steps = True
+        return loop(trainer, journal, start)
 
 
 DRAW_SECONDS = 60  # from one loss.png to the next, at validations
 
 
-def loop(trainer: Trainer, journal: Journal, start: int, stop: Stop) -> int:
-    """The steps from `start` to the last; those in the journal are applied without being measured. The exit code."""
-    config, run, total = trainer.config, trainer.run, trainer.total
-    rows_there = {int(row["step"]) for row in run.rows}
-    known, done = max(journal.records, default=-1) + 1, start
-    progress, trackers, drawn = Progress(run, start, total), Trackers(run), time.monotonic()
+class Account:
+    """What is done beside the steps: validations, rows of metrics, progress, checkpoints, the picture."""
 
-    def commit(record: Record) -> None:
-        if record.step not in journal.records:
-            journal.append(record)
+    def __init__(self, trainer: Trainer, journal: Journal, start: int):
+        self.trainer, self.run, self.journal, self.config = trainer, trainer.run, journal, trainer.config
+        self.there = {int(row["step"]) for row in self.run.rows}
+        self.known = max(journal.records, default=-1) + 1  # steps that were measured in an earlier sitting
+        self.progress, self.trackers = Progress(self.run, start, trainer.total), Trackers(self.run)
+        self.drawn, self.clock, self.clocked = time.monotonic(), time.perf_counter(), start
 
-    def account(done: int, record: Record | None) -> dict[str, str] | None:
-        validated = done % config.eval_interval == 0 or done == total
-        if done in rows_there or not (validated or done % config.log_interval == 0):
+    def open(self) -> None:
+        """Before the first step."""
+        if first := self._row(0, None):
+            self.run.say(f"validation loss {float(first['val_loss']):.4f} before the first step")
+        self.clock = time.perf_counter()
+
+    def _row(self, done: int, record: Record | None) -> dict[str, str] | None:
+        """The row after `done` steps, written, if one is due and not there."""
+        config, run, trainer = self.config, self.run, self.trainer
+        validated = done % config.eval_interval == 0 or done == trainer.total
+        if done in self.there or not (validated or done % config.log_interval == 0):
             return None
         row = metrics_row(trainer, record, done, validation_loss(trainer.objective, trainer.corpus) if validated else None)
         if first_below(trainer.unigram, run.rows, row):
             run.say(f"step {done}: validation loss {float(row['val_loss']):.4f}, below the unigram loss for the first time")
         run.add_row(row)
-        trackers.row(row)
-        rows_there.add(done)
+        self.trackers.row(row)
+        self.there.add(done)
         return row
 
-    try:
-        if start == 0:
-            first = account(0, None)
-            if first:
-                run.say(f"validation loss {float(first['val_loss']):.4f} before the first step")
-        clock, clocked = time.perf_counter(), done
-        while done < total and stop.signal is None:
-            record = trainer.step(done, journal.records.get(done), commit)
-            done += 1
-            row = account(done, record)
-            each = (time.perf_counter() - clock) / (done - clocked)
-            progress.step(row, (trainer.tokens_seen(done)[1] - trainer.tokens_seen(clocked)[1]) / (done - clocked) / each, each)
-            if done == known:
-                clock, clocked = time.perf_counter(), done  # replayed steps are no measure of those to come
-            if config.sample_interval and done % config.sample_interval == 0 and known < done < total:
-                trainer.say_sample(done)
-            if done % config.save_interval == 0 and done > known:
-                trainer.save(done)
-            if row and row["val_loss"] and time.monotonic() - drawn > DRAW_SECONDS:
-                draw_loss(run, trainer.unigram)
-                drawn = time.monotonic()
-    except NonFiniteError:
+    def step(self, done: int, record: Record) -> None:
+        """After a step."""
+        config, trainer = self.config, self.trainer
+        row = self._row(done, record)
+        each = (time.perf_counter() - self.clock) / (done - self.clocked)
+        forward = trainer.tokens_seen(done)[1] - trainer.tokens_seen(self.clocked)[1]
+        self.progress.step(row, forward / (done - self.clocked) / each, each)
+        if done == self.known:
+            self.clock, self.clocked = time.perf_counter(), done  # replayed steps are no measure of those to come
+        if config.sample_interval and done % config.sample_interval == 0 and self.known < done < trainer.total:
+            trainer.say_sample(done)
+        if done % config.save_interval == 0 and done > self.known:
+            trainer.save(done)
+        if row and row["val_loss"] and time.monotonic() - self.drawn > DRAW_SECONDS:
+            draw_loss(self.run, trainer.unigram)
+            self.drawn = time.monotonic()
+
+    def rescue(self, done: int) -> None:
+        """After a step that became non-finite."""
         with contextlib.suppress(NonFiniteError):  # weights that are not finite themselves are not worth keeping
-            run.say(f"the weights before this step are kept in {trainer.save(done)}")
+            self.run.say(f"the weights before this step are kept in {self.trainer.save(done)}")
+
+    def close(self) -> None:
+        self.progress.close()
+        self.trackers.close()
+
+    def end(self, done: int) -> None:
+        """After the last step, or that after which the run was stopped."""
+        run, trainer, config = self.run, self.trainer, self.config
+        self._row(done, self.journal.records.get(done - 1))  # there already, unless metrics.csv was damaged
+        checkpoint = trainer.save(done)
+        picture = draw_loss(run, trainer.unigram)
+        if done < trainer.total:
+            run.say(f"stopped after step {done}; go on with: python {Path(__file__).name} --resume {run.path}")
+            return
+        if config.prompt is not None:
+            trainer.say_sample(done)
+        for line in closing_lines(trainer, checkpoint, picture):
+            run.say(line)
+        if config.export_dir:
+            run.say(f"wrote {run.export(checkpoint, model_card(trainer))}")
+        with storing(run.path):
+            write_whole(run.path / "finished.json", json.dumps({"step": done, **run.rows[-1]}, indent=1) + "\n")
+
+
+def loop(trainer: Trainer, journal: Journal, start: int) -> int:
+    """The steps from `start` to the last; those in the journal are applied without being measured. The exit code."""
+    ranks, done = trainer.ranks, start
+    account = Account(trainer, journal, start) if ranks.first else None
+    try:
+        if account and start == 0:
+            account.open()
+        while done < trainer.total and not ranks.signal:
+            record = trainer.step(done, journal.records.get(done), journal.append)
+            done += 1
+            if account:
+                account.step(done, record)
+    except NonFiniteError:
+        if account:
+            account.rescue(done)
         raise
     finally:
-        progress.close()
-        trackers.close()
-    account(done, journal.records.get(done - 1))  # there already, unless metrics.csv was damaged
-    checkpoint = trainer.save(done)
-    picture = draw_loss(run, trainer.unigram)
-    if done < total:
-        run.say(f"stopped after step {done}; go on with: python {Path(__file__).name} --resume {run.path}")
-        return 128 + stop.signal
-    if config.prompt is not None:
-        trainer.say_sample(done)
-    for line in closing_lines(trainer, checkpoint, picture):
-        run.say(line)
-    if config.export_dir:
-        run.say(f"wrote {run.export(checkpoint, model_card(trainer))}")
-    with storing(run.path):
-        write_whole(run.path / "finished.json", json.dumps({"step": done, **run.rows[-1]}, indent=1) + "\n")
-    return 0
+        if account:
+            account.close()
+    if account:
+        account.end(done)
+    return 0 if done == trainer.total else 128 + ranks.signal
 
 
 def newest_unfinished(log_dir: Path) -> Path:
@@ -4393,11 +4742,11 @@ def newest_unfinished(log_dir: Path) -> Path:
     return max(runs, key=lambda path: (path / "config.json").stat().st_mtime_ns)
 
 
-def dry_run(config: Config) -> int:
+def dry_run(config: Config, ranks: Ranks) -> int:
     """Everything that a run does, once, in a run directory that does not stay; then what the whole run would take."""
     run = RunDirectory.create(dataclasses.replace(config, run_name="dry_run"))
     try:
-        with Stop(), contextlib.closing(run), prepared(config, run) as (trainer, journal):
+        with contextlib.closing(run), prepared(config, run, ranks) as (trainer, journal):
             for line in [*opening_lines(trainer), *rehearsal(trainer, journal)]:
                 run.say(line)
     finally:
@@ -4456,24 +4805,44 @@ def resumed_config(asked: Config, given: set[str], path: Path) -> Config:
     return config
 
 
-def resume(asked: Config, given: set[str]) -> int:
+def start(config: Config, ranks: Ranks) -> int:
+    """A new run; the exit code."""
+    run = RunDirectory.create(config)
+    try:
+        return train(config, run, ranks)
+    finally:
+        run.close()
+        if not (run.path / "journal.bin").exists():  # training never began: there is nothing to keep
+            shutil.rmtree(run.path, ignore_errors=True)
+
+
+def resume(asked: Config, given: set[str], ranks: Ranks) -> int:
     """Goes on with a run; the exit code."""
     path = newest_unfinished(Path(asked.log_dir)) if asked.resume == "auto" else Path(asked.resume)
     run = RunDirectory.open(path, resumed_config(asked, given, path))
     try:
+        ranks.hand_out(json.dumps(dataclasses.asdict(run.config)).encode())
         with storing(path):
             (path / "finished.json").unlink(missing_ok=True)
             run.write_config()
-        return train(run.config, run, resumed=True)
+        return train(run.config, run, ranks, resumed=True)
     finally:
         run.close()
 
 
-def replay(asked: Config) -> int:
+def follow(asked: Config, ranks: Ranks) -> int:
+    """A run as ranks other than 0 take part in it; the exit code."""
+    config = asked
+    if asked.resume:
+        config = Config(**json.loads(ranks.hand_out()))
+    return train(config, Onlooker(), ranks)
+
+
+def replay(asked: Config, ranks: Ranks) -> int:
     """Rebuilds the model after a step from the seed and the journal, writes it, and checks it; the exit code."""
     config = read_config(Path(asked.replay))
     run = RunDirectory.open(Path(asked.replay), config)
-    with contextlib.closing(run), prepared(config, run) as (trainer, journal):
+    with contextlib.closing(run), prepared(config, run, ranks) as (trainer, journal):
         last = max(journal.records, default=-1) + 1
         wanted = last if asked.replay_step is None else asked.replay_step
         missing = next((step for step in range(wanted) if step not in journal.records), None)
@@ -4531,38 +4900,49 @@ def tune_process() -> None:
         libc.mallopt(trim_threshold, -1)
 
 
+JOIN_SECONDS = 60.0  # that a rank with wrong flags tries to reach the others, not to say what they said
+
+
+def run_one(config: Config, given: set[str], ranks: Ranks) -> int:
+    """What the flags ask for; the exit code."""
+    if config.replay:
+        return replay(config, ranks)
+    if config.dry_run:
+        return dry_run(config, ranks)
+    ranks.agree({"flags": json.dumps(dataclasses.asdict(config))})
+    if not ranks.first:
+        return follow(config, ranks)
+    return resume(config, given, ranks) if config.resume else start(config, ranks)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; errors are lines on standard error, the value is the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    stop = Stop()
+    ranks = Ranks(JOIN_SECONDS, stop)
     try:
         config, given = parse_config(argv)
         tune_process()
         if config.compare:
             return compare(config)
-        if config.replay:
-            return replay(config)
-        if config.resume:
-            return resume(config, given)
-        if config.dry_run:
-            return dry_run(config)
-        run = RunDirectory.create(config)
-        try:
-            return train(config, run)
-        finally:
-            run.close()
-            if not (run.path / "journal.bin").exists():  # training never began: there is nothing to keep
-                shutil.rmtree(run.path, ignore_errors=True)
-    except (UsageError, NonFiniteError, StorageError) as error:
+        if ranks.size > 1 and (config.replay or config.dry_run):
+            raise UsageError("--replay, --dry_run: one process is enough; start it without torchrun")
+        ranks = Ranks(config.rank_timeout, stop)
+        with stop, ranks:
+            return run_one(config, given, ranks)
+    except (UsageError, NonFiniteError, StorageError, RankError) as error:
         if debug:
             traceback.print_exc()
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        if ranks.may_say(error):
+            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
     except (MemoryError, RuntimeError) as error:
         if debug or not is_out_of_memory(error):
             raise
         advice = "start a run with a lower --batch_size, --block_size or --model_size, or with --optimizer sgd"
-        print(f"error: out of memory ({first_line(error)}); {advice}", file=sys.stderr)
+        if ranks.may_say(error):
+            print(f"error: out of memory ({first_line(error)}); {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print("interrupted before training", file=sys.stderr)
