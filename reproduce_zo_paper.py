@@ -1090,6 +1090,9 @@ class Stop:
         os.write(2, b"\nstopping after the step in flight (once more: at once)\n")
 
 
+ASK_SECONDS, LINGER_SECONDS = 6.0, 3.0
+
+
 class Ranks:
     """The processes of a run as torchrun starts them (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); or one alone.
 
@@ -1102,7 +1105,7 @@ class Ranks:
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         self.timeout, self.stop = datetime.timedelta(seconds=timeout), stop
         self.agreed = 0
-        self.sent = 0  # bytes that this rank has given to the others
+        self.sent = 0  # bytes that have left this rank in steps, to one other after the other
 
     @property
     def first(self) -> bool:
@@ -1122,10 +1125,10 @@ class Ranks:
 
     def __enter__(self) -> Ranks:
         if self.size > 1:
-            nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
+            self.nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
             with self._others("at the start"):
                 torch.distributed.init_process_group(
-                    "cpu:gloo,cuda:nccl" if nccl else "gloo",
+                    "cpu:gloo,cuda:nccl" if self.nccl else "gloo",
                     store=torch.distributed.PrefixStore("group", self.store),
                     rank=self.rank,
                     world_size=self.size,
@@ -1139,6 +1142,7 @@ class Ranks:
         if self.size > 1 and kind is None:
             with self._others("at the end"):  # whoever is first to go would have torchrun end the others
                 torch.distributed.barrier(self.patient)
+        if self.size > 1 and (kind is None or not self.nccl):  # the others notice; nccl would wait for them
             torch.distributed.destroy_process_group()
 
     @contextlib.contextmanager
@@ -1155,16 +1159,25 @@ class Ranks:
             raise RankError(f"{where}: {what}; start the ranks again with --resume to go on") from error
 
     def may_say(self, error: Exception) -> bool:
-        """Whether this rank is to say what ended it: once for all ranks, and not that another is gone if that one did say why."""
-        if self.size == 1:
-            return True
-        try:
+        """Whether this rank is to say what ended it: once for all ranks, and not that another is gone if that one said why."""
+        answers = [True]  # where nobody can be asked
+        if self.size > 1:  # a store in a process that hangs would not answer for ever
+            asking = threading.Thread(target=self._ask, args=(error, answers), daemon=True)
+            asking.start()
+            asking.join(ASK_SECONDS)
+        return answers[-1]
+
+    def _ask(self, error: Exception, answers: list[bool]) -> None:
+        with contextlib.suppress(RuntimeError):
+            self.store.add("asked", 1)
             if isinstance(error, RankError):
-                return not self.store.check(["explained"]) and self.store.add("gone", 1) == 1
-            self.store.set("explained", "")
-            return self.store.add(hashlib.sha256(str(error).encode()).hexdigest(), 1) == 1
-        except (RuntimeError, RankError):  # no rank can be asked
-            return True
+                answers.append(not self.store.check(["explained"]) and self.store.add("gone", 1) == 1)
+            else:
+                self.store.set("explained", "")
+                answers.append(self.store.add(hashlib.sha256(str(error).encode()).hexdigest(), 1) == 1)
+            until = time.monotonic() + LINGER_SECONDS  # the store may be rank 0's, and go with it
+            while self.first and self.store.add("asked", 0) < self.size and time.monotonic() < until:
+                time.sleep(0.02)
 
     def share(self, q: int) -> range:
         """This rank's queries: consecutive ones, as many as any other's or one more."""
@@ -1184,7 +1197,7 @@ class Ranks:
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         with self._others(where):
             torch.distributed.all_gather(everyone, mine)
-        self.sent += mine.nbytes
+        self.sent += mine.nbytes * (self.size - 1)
         rows = torch.stack(everyone).numpy()
         odd = [rank for rank in range(self.size) if rows[rank, 1] != rows[0, 1]]
         if odd:
@@ -1201,7 +1214,7 @@ class Ranks:
         for tensor in tensors if self.size > 1 else []:
             with self._others(where):
                 torch.distributed.broadcast(tensor, 0)
-            self.sent += tensor.nbytes * self.first
+            self.sent += tensor.nbytes * (self.size - 1) * self.first
 
     def hand_out(self, content: bytes = b"") -> bytes:
         """Rank 0's bytes; the others wait for them as long as it takes."""
@@ -1227,7 +1240,7 @@ class Ranks:
         with self._others("at the start"):
             torch.distributed.all_reduce(counts, group=self.patient)
         if odd:
-            lines = [f"{name}: {facts[name]}, rank 0 has {told[name]}" for name in odd]
+            lines = [f"{name} {facts[name]}, there {told[name]}" for name in odd]
             raise UsageError(f"rank {self.rank} is not like rank 0: " + "; ".join(lines))
         if counts.any():
             raise RankError(f"ranks {', '.join(map(str, counts.nonzero()[:, 0].tolist()))} are not like rank 0")
@@ -4007,14 +4020,16 @@ def draw_comparison(found: list[Compared], path: Path) -> Path:
     return path
 
 
-def closing_lines(trainer: Trainer, checkpoint: Path, picture: Path | None) -> list[str]:
-    """What a run says at its end."""
-    run = trainer.run
+def closing_lines(trainer: Trainer, steps: int, checkpoint: Path, picture: Path | None) -> list[str]:
+    """What a run says at its end; `steps` is how many this sitting made."""
+    run, ranks = trainer.run, trainer.ranks
+    sent = [f"ranks: {ranks.sent / max(1, steps):.0f} bytes left rank 0 in a step"] if ranks.size > 1 else []
     validated = [(float(row["val_loss"]), int(row["step"])) for row in run.rows if row["val_loss"]]
     (best, at), (last, _), (first, _) = min(validated), validated[-1], validated[0]
     return [
         f"validation loss {first:.4f} at the start; best {best:.4f} at step {at} (perplexity {perplexity(best):.1f}); last "
         f"{last:.4f} (perplexity {perplexity(last):.1f})",
+        *sent,
         f"wrote {run.path / 'metrics.csv'}" + (f", {picture}" if picture else "") + f", {checkpoint}",
     ]
 
@@ -4618,6 +4633,7 @@ def together(trainer: Trainer, journal: Journal, start: int) -> int:
     device = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else trainer.device.type
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     ranks.agree({"tokens": tokens, "weights": weights, "device": device, "versions": versions})
+    ranks.sent = 0
     return start
 
 
@@ -4643,7 +4659,7 @@ class Account:
         self.there = {int(row["step"]) for row in self.run.rows}
         self.known = max(journal.records, default=-1) + 1  # steps that were measured in an earlier sitting
         self.progress, self.trackers = Progress(self.run, start, trainer.total), Trackers(self.run)
-        self.drawn, self.clock, self.clocked = time.monotonic(), time.perf_counter(), start
+        self.start, self.drawn, self.clock, self.clocked = start, time.monotonic(), time.perf_counter(), start
 
     def open(self) -> None:
         """Before the first step."""
@@ -4702,7 +4718,7 @@ class Account:
             return
         if config.prompt is not None:
             trainer.say_sample(done)
-        for line in closing_lines(trainer, checkpoint, picture):
+        for line in closing_lines(trainer, done - self.start, checkpoint, picture):
             run.say(line)
         if config.export_dir:
             run.say(f"wrote {run.export(checkpoint, model_card(trainer))}")
@@ -4888,19 +4904,17 @@ def replay_report(trainer: Trainer, journal: Journal, wanted: int, took: float) 
 
 
 def tune_process() -> None:
-    """Settings that must precede the import of torch, worth a quarter of a batched step on two cores.
+    """Settings that must precede the import of torch; the first and the last are worth a quarter of a batched step on two cores.
 
     Idle OpenMP threads sleep instead of spinning on cores that workers use, and glibc keeps freed memory instead of
     returning it to the system, so that large temporaries are not paid for in page faults at every layer.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank that is gone is one line of ours, not a stack of C++
     if platform.libc_ver()[0] == "glibc":
         libc, mmap_max, trim_threshold = ctypes.CDLL(None), -4, -1
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, -1)
-
-
-JOIN_SECONDS = 60.0  # that a rank with wrong flags tries to reach the others, not to say what they said
 
 
 def run_one(config: Config, given: set[str], ranks: Ranks) -> int:
@@ -4909,7 +4923,7 @@ def run_one(config: Config, given: set[str], ranks: Ranks) -> int:
         return replay(config, ranks)
     if config.dry_run:
         return dry_run(config, ranks)
-    ranks.agree({"flags": json.dumps(dataclasses.asdict(config))})
+    ranks.agree({f"--{name}": str(value) for name, value in dataclasses.asdict(config).items()})
     if not ranks.first:
         return follow(config, ranks)
     return resume(config, given, ranks) if config.resume else start(config, ranks)
@@ -4920,7 +4934,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     stop = Stop()
-    ranks = Ranks(JOIN_SECONDS, stop)
+    ranks = Ranks(ASK_SECONDS, stop)
     try:
         config, given = parse_config(argv)
         tune_process()

@@ -71,6 +71,17 @@ class Runs:
         words = harness.argv(**self.flags(name, **flags))
         return harness.Child(words, self.folder / f"{name}.out", fault)
 
+    def ranks(self, count: int, name: str = "logs", faults: dict[int, tuple] | None = None, **flags) -> list[harness.Child]:
+        """A run in `count` processes of one thread each."""
+        words = harness.argv(**self.flags(name, **{"num_threads": 1} | flags))
+        return harness.ranks(count, words, self.folder / f"{name}.out", faults or {})
+
+    def train_ranks(self, count: int, name: str = "logs", **flags) -> Path:
+        """A run in `count` processes that must succeed, alone in folder/name; its directory."""
+        children = self.ranks(count, name, **flags)
+        assert [child.wait() for child in children] == [0] * count, [child.output() for child in children]
+        return harness.only_run(self.folder / name)
+
     def start_resume(self, run: Path, fault: tuple = (), **flags) -> harness.Child:
         return harness.Child(harness.argv(resume=run, **flags), self.folder / "resume.out", fault)
 

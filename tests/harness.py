@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -217,10 +218,36 @@ def slow_steps(seconds: float) -> None:
     zo.Objective.losses = slowly
 
 
-FAULTS = {f.__name__: f for f in (exit_at_storage_call, limit_file_size, full_disk_after, full_disk_in_journal, slow_steps)}
+def other_weights(step: int) -> None:
+    """From a step on, this process' weights are a little off."""
+    settle = zo.Trainer.settle
+
+    def drifted(self, number):
+        if number == step:
+            self.tensors[0].matrix.add_(1e-3)
+        return settle(self, number)
+
+    zo.Trainer.settle = drifted
 
 
-def _child(words: list[str], log: str, fault: tuple) -> None:
+def nan_losses(step: int) -> None:
+    """This process measures a loss that is not a number, in every query of a step."""
+    exchange = zo.Trainer._exchange
+
+    def damaged(self, number, own=None):
+        return exchange(self, number, own if own is None or number != step else own * float("nan"))
+
+    zo.Trainer._exchange = damaged
+
+
+FAULTS = {
+    f.__name__: f
+    for f in (exit_at_storage_call, limit_file_size, full_disk_after, full_disk_in_journal, slow_steps, other_weights, nan_losses)
+}
+
+
+def _child(words: list[str], log: str, fault: tuple, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -256,9 +283,9 @@ def context():
 class Child:
     """The script in a process of its own; its output goes to a file."""
 
-    def __init__(self, words: list[str], log: Path, fault: tuple = ()):
+    def __init__(self, words: list[str], log: Path, fault: tuple = (), environment: dict[str, str] | None = None):
         self.log = log
-        self.process = context().Process(target=_child, args=(words, str(log), fault))
+        self.process = context().Process(target=_child, args=(words, str(log), fault, environment or {}))
         self.process.start()
 
     def wait(self, seconds: float = 120) -> int:
@@ -284,6 +311,20 @@ class Child:
         while self.process.is_alive() and not condition():
             assert time.monotonic() < end, f"waited {seconds} s in vain: {self.output()}"
             time.sleep(0.002)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def ranks(count: int, words: list[str], log: Path, faults: dict[int, tuple]) -> list[Child]:
+    """The script in `count` processes, as torchrun would start them."""
+    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    environments = [{name: str(value) for name, value in (common | {"RANK": n, "LOCAL_RANK": n}).items()} for n in range(count)]
+    return [Child(words, log.with_suffix(f".{n}"), faults.get(n, ()), each) for n, each in enumerate(environments)]
 
 
 def records(log_dir: Path, size: int) -> int:

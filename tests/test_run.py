@@ -50,7 +50,17 @@ def test_config_json_holds_every_flag_and_version(done):
 def test_metrics_have_a_row_per_logged_step(done):
     with open(done / "metrics.csv", encoding="utf-8") as file:
         assert file.readline().strip().split(",") == [
-            *("step", "epoch", "stage", "loss", "val_loss", "learning_rate", "grad_norm", "projected_grad_mean", "projected_grad_std"),
+            *(
+                "step",
+                "epoch",
+                "stage",
+                "loss",
+                "val_loss",
+                "learning_rate",
+                "grad_norm",
+                "projected_grad_mean",
+                "projected_grad_std",
+            ),
             "guide_to_gradient",
             *("data_tokens", "forward_tokens", "seconds", "peak_memory_mib"),
         ]
