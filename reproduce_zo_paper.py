@@ -384,7 +384,9 @@ class Config:
         None, "Layerwise", "learning rate of each stage (default: 0.001 for the embedding, by AdamW, then learning_rate)"
     )
 
-    eval_interval: int = flag(100, "Evaluation", "steps between validations (the first and last step always)", least=1)
+    eval_interval: int = flag(
+        100, "Evaluation", "steps between validations (the first and last step, and the end of a stage, always)", least=1
+    )
     eval_samples: int = flag(64, "Evaluation", "validation sequences used (fewer if there are fewer)", least=1)
 
     prompt: str | None = flag(None, "Evaluation", "text that the model goes on from at the end of a run, into the log")
@@ -1142,6 +1144,8 @@ class Ranks:
         if self.size > 1 and kind is None:
             with self._others("at the end"):  # whoever is first to go would have torchrun end the others
                 torch.distributed.barrier(self.patient)
+        if kind is not None and not issubclass(kind, RankError):
+            self._in_time(lambda: self.store.set("explained", ""))
         if self.size > 1 and (kind is None or not self.nccl):  # the others notice; nccl would wait for them
             torch.distributed.destroy_process_group()
 
@@ -1161,23 +1165,30 @@ class Ranks:
     def may_say(self, error: Exception) -> bool:
         """Whether this rank is to say what ended it: once for all ranks, and not that another is gone if that one said why."""
         answers = [True]  # where nobody can be asked
-        if self.size > 1:  # a store in a process that hangs would not answer for ever
-            asking = threading.Thread(target=self._ask, args=(error, answers), daemon=True)
-            asking.start()
-            asking.join(ASK_SECONDS)
-        return answers[-1]
 
-    def _ask(self, error: Exception, answers: list[bool]) -> None:
-        with contextlib.suppress(RuntimeError):
+        def ask() -> None:
             self.store.add("asked", 1)
-            if isinstance(error, RankError):
-                answers.append(not self.store.check(["explained"]) and self.store.add("gone", 1) == 1)
-            else:
-                self.store.set("explained", "")
-                answers.append(self.store.add(hashlib.sha256(str(error).encode()).hexdigest(), 1) == 1)
+            explained = isinstance(error, RankError) and self.store.check(["explained"])
+            key = "gone" if isinstance(error, RankError) else hashlib.sha256(str(error).encode()).hexdigest()
+            answers.append(not explained and self.store.add(key, 1) == 1)
             until = time.monotonic() + LINGER_SECONDS  # the store may be rank 0's, and go with it
             while self.first and self.store.add("asked", 0) < self.size and time.monotonic() < until:
                 time.sleep(0.02)
+
+        self._in_time(ask)
+        return answers[-1]
+
+    def _in_time(self, act: Callable[[], None]) -> None:
+        """Something about the store, which may be in a process that is gone, or hangs and would not answer for ever."""
+
+        def guarded() -> None:
+            with contextlib.suppress(RuntimeError):
+                act()
+
+        if self.size > 1:
+            asking = threading.Thread(target=guarded, daemon=True)
+            asking.start()
+            asking.join(ASK_SECONDS)
 
     def share(self, q: int) -> range:
         """This rank's queries: consecutive ones, as many as any other's or one more."""
@@ -4657,6 +4668,7 @@ class Account:
     def __init__(self, trainer: Trainer, journal: Journal, start: int):
         self.trainer, self.run, self.journal, self.config = trainer, trainer.run, journal, trainer.config
         self.there = {int(row["step"]) for row in self.run.rows}
+        self.ends = {trainer.total, *(stage.end for stage in trainer.stages)}
         self.known = max(journal.records, default=-1) + 1  # steps that were measured in an earlier sitting
         self.progress, self.trackers = Progress(self.run, start, trainer.total), Trackers(self.run)
         self.start, self.drawn, self.clock, self.clocked = start, time.monotonic(), time.perf_counter(), start
@@ -4670,7 +4682,7 @@ class Account:
     def _row(self, done: int, record: Record | None) -> dict[str, str] | None:
         """The row after `done` steps, written, if one is due and not there."""
         config, run, trainer = self.config, self.run, self.trainer
-        validated = done % config.eval_interval == 0 or done == trainer.total
+        validated = done % config.eval_interval == 0 or done in self.ends
         if done in self.there or not (validated or done % config.log_interval == 0):
             return None
         row = metrics_row(trainer, record, done, validation_loss(trainer.objective, trainer.corpus) if validated else None)

@@ -1418,12 +1418,12 @@ def test_out_of_memory_halves_the_group(home, monkeypatch):
     """One failure at 4 queries: a line in the log, then the run goes on as if it had been started with 2."""
     whole, failures = zo.projected_gradients, []
 
-    def short_of_memory(objective, tensors, batch, queries, group=0, grid=None):
+    def short_of_memory(objective, tensors, batch, queries, group=0, grid=None, chosen=None):
         if group == 4:
             failures.append(group)
             assert len(failures) == 1, "4 queries are tried again"
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory")
-        return whole(objective, tensors, batch, queries, group, grid)
+        return whole(objective, tensors, batch, queries, group, grid, chosen)
 
     monkeypatch.setattr(zo, "projected_gradients", short_of_memory)
     halved = run_main(TINY_RUN + "--parallel_batch_size 4 --run_name halved", home)

@@ -7,7 +7,7 @@ size=${1:?tiny or 20M}
 logs=${LOG_DIR:-logs/paper}/$size
 
 if [[ $size == tiny ]]; then
-    data="--max_samples 120 --eval_interval 28" # an epoch is 168 steps, so that validations meet the stages' ends
+    data="--max_samples 120 --eval_interval 34" # an epoch is 170 steps
     epochs=6
 else
     data="--dataset cosmopedia-100k --max_samples 2000 --batch_size 16 --block_size 512 --eval_interval 50"
