@@ -1063,13 +1063,14 @@ class Workers:
 
 class Stop:
     """SIGINT or SIGTERM ends what prepares a run at once. Once it `steps`, the first one asks to stop after the step in
-    flight, and a second one, a second or more later, ends the process (torchrun passes the terminal's own on).
+    flight, and a second one ends the process, unless it comes within `echo` seconds: torchrun passes on what the terminal
+    has sent to its processes already.
     """
 
     def __init__(self):
         self.signal: int | None = None
         self.steps = False
-        self.since = 0.0
+        self.since, self.echo = 0.0, 0.0
 
     def __enter__(self) -> Stop:
         self.before = {}
@@ -1085,7 +1086,7 @@ class Stop:
         if not self.steps:
             raise KeyboardInterrupt(number)
         if self.signal is not None:
-            if time.monotonic() - self.since > 1:
+            if time.monotonic() - self.since >= self.echo:
                 os._exit(128 + number)  # the journal is on disk, and nothing is half-written: no clean-up is owed
             return
         self.signal, self.since = number, time.monotonic()
@@ -1106,6 +1107,7 @@ class Ranks:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         self.timeout, self.stop = datetime.timedelta(seconds=timeout), stop
+        stop.echo = 1.0 if self.size > 1 else 0.0
         self.agreed = 0
         self.sent = 0  # bytes that have left this rank in steps, to one other after the other
 
@@ -4165,6 +4167,7 @@ class Trainer:
         stage = self.stage_of(step)
         if stage is self.stage:
             return
+        self.settle(step)  # as a checkpoint at the stage's end does, whether there was one or not
         self.enter(stage)
         initialize(self.model, self.config.seed, stage.number)
         if announce:

@@ -26,7 +26,7 @@ RUNS = {
     "backpropagation": {"mode": "FO", "optimizer": "mudamw", "query_budget_q": None},
     "Instruct, guided": {"mode": "Instruct", "bp_interval": 3, "query_budget_q": 3, "optimizer": "adam"},
     "Instruct, guess": {"mode": "Instruct", "bp_interval": 3, "query_budget_q": 3, "direction": "feedback", "rank": 4},
-    "layerwise": {"scope": "layerwise", "stage_steps": "2,1", "query_budget_q": 3, "max_steps": None},
+    "layerwise": {"scope": "layerwise", "stage_steps": "3,2", "query_budget_q": 3, "max_steps": None, "save_interval": 5},
 }
 
 
