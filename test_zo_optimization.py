@@ -1,19 +1,20 @@
 """Benchmarks and tests of the zeroth-order estimator of reproduce_zo_paper.py.
 
-As a program it measures four groups and prints each figure beside its target; under pytest the same functions assert,
+As a program it measures five groups and prints each figure beside its target; under pytest the same functions assert,
 at a scale that takes a minute and a half on two cores, and nothing depends on the time.
 
-    python test_zo_optimization.py                              all groups, about nine minutes on two cores
+    python test_zo_optimization.py                              all groups, about twenty minutes on two cores
     python test_zo_optimization.py --full --json tables.json    q = 8, 16, 32 and models up to 1B (24 GiB of memory)
     python test_zo_optimization.py --only speed --queries 8 --repetitions 9 --profile
     pytest test_zo_optimization.py
 
     speed           seconds of one step, update included, over those of its 2q forward passes alone
+    ranks           seconds of a step of two processes, a thread each, over those of one; bytes that leave rank 0
     memory          peak beyond the parameters, by allocator statistics and by the process's resident size
     equivalence     in place against batched, drift of the weights, and the signal-to-noise of c over epsilon
     compatibility   calls without the new arguments, commands without the new flags, models of other kinds
 
-Sections: Material, Tables, Speed, Memory, Equivalence, Signal to noise, Compatibility, Program, Tests.
+Sections: Material, Tables, Speed, Ranks, Memory, Equivalence, Signal to noise, Compatibility, Program, Tests.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -399,6 +401,61 @@ def median_seconds(call: Callable[[], object], repetitions: int) -> float:
         call()
         taken.append(time.perf_counter() - began)
     return statistics.median(taken)
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Ranks                                                                                            │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+# Whole commands, one after the other: the run of one process, then that of two, and again. A step's seconds are those of
+# metrics.csv from the second step to the last but one; a ratio is the median of those of neighbouring runs.
+
+RANKS_ABOUT = (
+    "Two processes with a thread each, over one process with one thread; {size}, q = {q}, batch {rows} x {tokens}, the same weights\n"
+    "bit for bit. Bytes are what leaves rank 0 in a step. Target: 0.55."
+)
+RANK_CASES = {
+    "in place, gaussian": "--direction gaussian",
+    "batched by 4, low rank": "--direction lowrank --parallel_q_computation",
+    "batched by 4, feedback": "--direction feedback --parallel_q_computation",
+}
+RANK_STEPS = 5
+
+
+def rank_run(processes: int, flags: str, folder: Path, name: str) -> tuple[float, int, str]:
+    """Seconds of a step, bytes that left rank 0 in one, and the SHA-256 of the weights that a run ends with."""
+    script = str(Path(zo.__file__).resolve())
+    start = [] if processes == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    words = [*flags.split(), "--num_threads", "1", "--run_name", name, "--log_dir", str(folder), "--max_steps", str(RANK_STEPS)]
+    done = subprocess.run([sys.executable, *start, script, *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)}: {done.stderr}")
+    (run,) = folder.glob(f"{name}_2*")
+    with open(run / "metrics.csv") as file:
+        at = {int(row["step"]): float(row["seconds"]) for row in csv.DictReader(file)}
+    sent = re.search(r"ranks: (\d+) bytes", (run / "train.log").read_text())
+    seconds = (at[RANK_STEPS - 1] - at[1]) / (RANK_STEPS - 2)
+    return seconds, int(sent[1]) if sent else 0, zo.file_digest(next(run.glob("checkpoints/*/model.safetensors")))
+
+
+def ranks_table(
+    size: str, q: int, repetitions: int, rows: int, tokens: int, cases: Sequence[str] = tuple(RANK_CASES)
+) -> list[dict]:
+    """What two processes gain."""
+    table = []
+    with tempfile.TemporaryDirectory() as home:
+        for case in cases:
+            flags = f"{RANK_CASES[case]} --model_size {size} --query_budget_q {q} --batch_size {rows} --block_size {tokens} "
+            flags += "--max_samples 100 --eval_samples 1 --eval_interval 1000 --log_interval 1 --save_interval 1000"
+            found = [
+                [rank_run(processes, flags, Path(home), f"{len(table)}_{number}_{processes}") for processes in (1, 2)]
+                for number in range(repetitions)
+            ]
+            ratio = statistics.median(two[0] / one[0] for one, two in found)
+            row = {"step": case, "one process, s": statistics.median(one[0] for one, _ in found)}
+            row |= {"two, s": statistics.median(two[0] for _, two in found), "ratio": ratio, "bytes": found[0][1][1]}
+            row["weights"] = "equal" if len({each[2] for pair in found for each in pair}) == 1 else "DIFFERENT"
+            table.append(row | judged(ratio, 0.55))
+    return table
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -865,7 +922,7 @@ def compatibility_table() -> list[dict]:
 # │ Program                                                                                          │
 # └──────────────────────────────────────────────────────────────────────────────────────────────────┘
 
-GROUPS = ("speed", "memory", "equivalence", "compatibility")
+GROUPS = ("speed", "ranks", "memory", "equivalence", "compatibility")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -877,8 +934,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="some of the groups")
     parser.add_argument("--profile", action="store_true", help="also show where the milliseconds of a step go")
     parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="of the speed table (default: 5)")
+    parser.add_argument("--rank_repetitions", type=int, default=3, metavar="N", help="of the ranks table (default: 3)")
     parser.add_argument("--queries", type=int, nargs="+", metavar="Q", help="of the speed table (default: 8)")
-    parser.add_argument("--speed_size", default="20M", choices=zo.MODEL_SIZES, help="of the speed table (default: 20M)")
+    parser.add_argument(
+        "--speed_size", default="20M", choices=zo.MODEL_SIZES, help="of the speed and ranks tables (default: 20M)"
+    )
     parser.add_argument("--sizes", nargs="+", choices=zo.MODEL_SIZES, help="of the memory table (default: 20M 200M)")
     parser.add_argument("--rows", type=int, default=4, metavar="N", help="sequences in the batch (default: 4)")
     parser.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens in a sequence (default: 128)")
@@ -930,6 +990,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if asked.profile:
             rows = profile_table(asked.speed_size, asked.repetitions, 8, 4, asked.rows, asked.tokens)
             show("profile", "Profile, q = 8", "Milliseconds of the pieces, each timed alone; float32.", rows)
+    if "ranks" in asked.only:
+        about_ranks = RANKS_ABOUT.format(size=asked.speed_size, q=16, rows=asked.rows, tokens=asked.tokens)
+        table = ranks_table(asked.speed_size, 16, asked.rank_repetitions, asked.rows, asked.tokens)
+        show("ranks", f"Ranks, {asked.rank_repetitions} repetitions", about_ranks, table)
     if "memory" in asked.only:
         threads = torch.get_num_threads()
         text = MEMORY_ABOUT.format(tokens=asked.rows * asked.memory_tokens, threads=threads)
@@ -1497,6 +1561,13 @@ def test_speed_and_profile_tables_have_every_row():
     assert len(rows) == 9
     assert all(row["seconds"] > 0 for row in rows)
     assert {row["step"] for row in profile_table("tiny", 1, 4, 2, 1, 16)} > {IN_PLACE}
+
+
+def test_the_ranks_table_is_of_equal_runs(home):
+    (row,) = ranks_table("tiny", 4, 1, 2, 16, ["batched by 4, low rank"])
+    assert row["weights"] == "equal"
+    assert row["bytes"] == 8 * (2 + 2 * 2)
+    assert row["ratio"] > 0
 
 
 def test_signal_to_noise_has_a_best_epsilon_inside():
