@@ -371,7 +371,7 @@ class Config:
     max_steps: int | None = flag(None, "Optimization", "stop after so many steps (default: epochs decide)", least=1)
     use_lr_scheduler: bool = flag(False, "Optimization", "linear warm-up, then cosine to min_lr (in each stage of layerwise)")
     warmup_steps: int | None = flag(None, "Optimization", "steps of warm-up (default: 0)", least=0)
-    min_lr: float = flag(0.0, "Optimization", "learning rate at the end of the schedule")
+    min_lr: float = flag(0.0, "Optimization", "learning_rate at the end of the schedule; other rates fall by the same factor")
     weight_decay: float = flag(0.0, "Optimization", "decoupled weight decay, per unit of learning rate")
 
     stage_epochs: str = flag(
@@ -745,7 +745,8 @@ def action_faults(config: Config) -> list[str]:
         faults.append("--replay_step: has no effect without --replay")
     for name in ("resume", "replay"):
         path = getattr(config, name)
-        if path is not None and (name, path) != ("resume", "auto") and not (Path(path) / "config.json").is_file():
+        there = path in (None, "auto") or (Path(path) / "config.json").is_file()
+        if not there and os.environ.get("RANK", "0") == "0":  # a run directory is rank 0's
             faults.append(f"--{name} {path}: not a run directory (no config.json in it)")
     return faults
 
@@ -1093,23 +1094,23 @@ class Stop:
         os.write(2, b"\nstopping after the step in flight (once more: at once)\n")
 
 
-ASK_SECONDS, LINGER_SECONDS = 6.0, 3.0
+JOIN_SECONDS, ASK_SECONDS, LINGER_SECONDS = 600.0, 6.0, 3.0
 
 
 class Ranks:
     """The processes of a run as torchrun starts them (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); or one alone.
 
-    What travels in a step goes between hosts' memories by gloo; gradients on CUDA go by nccl. RankError where another rank
-    does not answer.
+    What is measured goes between the hosts' memories by gloo; gradients on CUDA go by nccl. RankError where another rank
+    is gone or does not answer.
     """
 
-    def __init__(self, timeout: float, stop: Stop):
+    def __init__(self, stop: Stop):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
-        self.timeout, self.stop = datetime.timedelta(seconds=timeout), stop
+        self.timeout, self.stop = JOIN_SECONDS, stop
         stop.echo = 1.0 if self.size > 1 else 0.0
-        self.agreed = 0
-        self.sent = 0  # bytes that have left this rank in steps, to one other after the other
+        self.agreed_signal = 0
+        self.told = 0  # bytes that this rank has told the others in steps
 
     @property
     def first(self) -> bool:
@@ -1119,50 +1120,50 @@ class Ranks:
     @property
     def signal(self) -> int:
         """The signal after which all ranks stop, 0 if there is none: known to all from the same step on."""
-        return self.agreed if self.size > 1 else self.stop.signal or 0
+        return self.agreed_signal if self.size > 1 else self.stop.signal or 0
+
+    # ---- joining and leaving -----------------------------------------------------------------------
 
     @functools.cached_property
     def store(self) -> torch.distributed.Store:
         """A few keys that all ranks see: torchrun's, or rank 0's."""
         rendezvous = importlib.import_module("torch.distributed.rendezvous").rendezvous
-        return next(rendezvous("env://", self.rank, self.size, timeout=self.timeout))[0]
+        return next(rendezvous("env://", self.rank, self.size, timeout=datetime.timedelta(seconds=JOIN_SECONDS)))[0]
 
     def __enter__(self) -> Ranks:
-        if self.size > 1:
-            self.nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
-            with self._others("at the start"):
-                torch.distributed.init_process_group(
-                    "cpu:gloo,cuda:nccl" if self.nccl else "gloo",
-                    store=torch.distributed.PrefixStore("group", self.store),
-                    rank=self.rank,
-                    world_size=self.size,
-                    timeout=self.timeout,
-                )
-                # what prepares a run, or ends it, may take rank 0 hours; a rank that is gone is noticed at once all the same
-                self.patient = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+        if self.size == 1:
+            return self
+        if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise UsageError("WORLD_SIZE is set, MASTER_ADDR or MASTER_PORT is not: start the processes with torchrun")
+        self.nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
+        with self._others("at the start"):
+            torch.distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if self.nccl else "gloo",
+                store=torch.distributed.PrefixStore("group", self.store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=datetime.timedelta(seconds=JOIN_SECONDS),
+            )
+            # what prepares a run, or ends it, may take rank 0 hours; a rank that is gone is noticed at once all the same
+            self.patient = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
         return self
 
+    def begin(self, timeout: float) -> None:
+        """From here on, a rank that does not answer for so many seconds is given up."""
+        self.timeout = timeout
+        if self.size > 1:
+            with self._others("at the start"):
+                self.steps = torch.distributed.new_group(timeout=datetime.timedelta(seconds=timeout))
+
     def __exit__(self, kind, *exception) -> None:
-        if self.size > 1 and kind is None:
-            with self._others("at the end"):  # whoever is first to go would have torchrun end the others
-                torch.distributed.barrier(self.patient)
+        if self.size > 1 and kind is None:  # whoever is first to go would have torchrun end the others
+            self._wait(lambda: torch.distributed.barrier(self.patient, async_op=True), "at the end", math.inf)
         if kind is not None and not issubclass(kind, RankError):
             self._in_time(lambda: self.store.set("explained", ""))
-        if self.size > 1 and (kind is None or not self.nccl):  # the others notice; nccl would wait for them
+        joined = self.size > 1 and torch.distributed.is_initialized()
+        if joined and (kind is None or not self.nccl):  # the others notice; nccl would wait for them
+            self.steps = self.patient = None  # a group that is held keeps its connections
             torch.distributed.destroy_process_group()
-
-    @contextlib.contextmanager
-    def _others(self, where: str) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            silent = "timed out" in str(error).lower() or "timeout" in str(error).lower()
-            what = (
-                f"another rank has been silent for {self.timeout.total_seconds():g} s (--rank_timeout)"
-                if silent
-                else "another rank is gone"
-            )
-            raise RankError(f"{where}: {what}; start the ranks again with --resume to go on") from error
 
     def may_say(self, error: Exception) -> bool:
         """Whether this rank is to say what ended it: once for all ranks, and not that another is gone if that one said why."""
@@ -1184,7 +1185,7 @@ class Ranks:
         """Something about the store, which may be in a process that is gone, or hangs and would not answer for ever."""
 
         def guarded() -> None:
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, ValueError, KeyError):
                 act()
 
         if self.size > 1:
@@ -1192,71 +1193,114 @@ class Ranks:
             asking.start()
             asking.join(ASK_SECONDS)
 
-    def share(self, q: int) -> range:
-        """This rank's queries: consecutive ones, as many as any other's or one more."""
-        return range(q * self.rank // self.size, q * (self.rank + 1) // self.size)
+    # ---- what all ranks do together ----------------------------------------------------------------
 
-    def exchange(self, own: np.ndarray, q: int, digest: float, where: str) -> np.ndarray:
-        """All ranks' rows, float64 [q, 2], of which `own` are this rank's share: the one message of a step.
+    @contextlib.contextmanager
+    def _others(self, where: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            silent = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+            what = f"silent for {self.timeout:g} s" + " (--rank_timeout)" * (self.timeout != JOIN_SECONDS) if silent else "gone"
+            more = "start the ranks again with --resume to go on" if where.startswith("step") else first_line(error)
+            raise RankError(f"{where}: another rank is {what}; {more}") from error
 
-        With it go whether a rank was asked to stop, and the digest of its weights; RankError where those differ.
+    def _wait(self, collective: Callable[[], torch.distributed.Work], where: str, limit: float) -> None:
+        """The end of a collective. It is looked for again and again, so that signals are heeded while others are waited for."""
+        with self._others(where):
+            began, work = time.monotonic(), collective()
+            while not work.is_completed():
+                waited = time.monotonic() - began
+                if waited > limit:
+                    raise RuntimeError("timed out")
+                time.sleep(min(0.01, waited / 20))
+            work.wait()
+
+    def _gather(self, own: torch.Tensor, where: str, patient: bool) -> list[torch.Tensor]:
+        """Everybody's tensor, of one shape and dtype, in the memory of the host."""
+        everyone = [torch.empty_like(own) for _ in range(self.size)]
+        group, limit = (self.patient, math.inf) if patient else (self.steps, self.timeout)
+        self._wait(lambda: torch.distributed.all_gather(everyone, own, group, async_op=True), where, limit)
+        return everyone
+
+    def _texts(self, text: str, where: str = "at the start", patient: bool = True) -> list[str]:
+        """Everybody's text."""
+        content = text.encode()
+        sizes = [int(size) for size in self._gather(torch.tensor([len(content)]), where, patient)]
+        padded = torch.frombuffer(bytearray(content.ljust(max(1, *sizes), b"\0")), dtype=torch.uint8)
+        return [each[:size].numpy().tobytes().decode() for each, size in zip(self._gather(padded, where, patient), sizes)]
+
+    def agreed(self, act: Callable):
+        """What act() gives; UsageError on all ranks, with every fault, where it raises one on any."""
+        if self.size == 1:
+            return act()
+        result, faults = None, ""
+        try:
+            result = act()
+        except UsageError as error:
+            faults = str(error)
+        everyone = [text.splitlines() for text in self._texts(faults)]
+        common = [line for line in everyone[0] if all(line in lines for lines in everyone)]
+        own = [f"rank {rank}: {line}" for rank, lines in enumerate(everyone) for line in lines if line not in common]
+        if common or own:
+            raise UsageError("\n".join(common + own))
+        return result
+
+    def agree(self, facts: dict[str, str]) -> None:
+        """UsageError on all ranks where the facts of one are others than rank 0's."""
+        if self.size == 1:
+            return
+        first, *others = [json.loads(text) for text in self._texts(json.dumps(facts))]
+        for rank, told in enumerate(others, 1):
+            odd = [f"{name} {told[name]}, there {first[name]}" for name in first if told[name] != first[name]]
+            if odd:
+                raise UsageError(f"rank {rank} is not like rank 0: " + "; ".join(odd))
+
+    def compare_weights(self, digest: str, where: str) -> None:
+        """RankError on all ranks where the weights' digest is not the same everywhere."""
+        first, *others = self._texts(digest, where, patient=False)
+        odd = [str(rank) for rank, told in enumerate(others, 1) if told != first]
+        if odd:
+            raise RankError(
+                f"{where}: other weights on rank {', '.join(odd)} than on rank 0; do all run on the same kind of device, with the "
+                "same versions? Start the ranks again with --resume to go on"
+            )
+
+    def share(self, q: int, rank: int) -> range:
+        """A rank's queries: consecutive ones, as many as any other's or one more."""
+        return range(q * rank // self.size, q * (rank + 1) // self.size)
+
+    def exchange(self, own: np.ndarray, q: int, where: str) -> np.ndarray:
+        """All ranks' losses, float64 [q, 2], of which `own` are those of this rank's share: the one message of a step. With it
+        goes whether a rank was asked to stop.
         """
         if self.size == 1:
             return own
-        most = -(-q // self.size)
-        mine = torch.zeros(2 + 2 * most, dtype=torch.float64)
-        mine[:2] = torch.tensor([self.stop.signal or 0, digest])
-        mine[2 : 2 + own.size] = torch.from_numpy(own.ravel())
-        everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        with self._others(where):
-            torch.distributed.all_gather(everyone, mine)
-        self.sent += mine.nbytes * (self.size - 1)
-        rows = torch.stack(everyone).numpy()
-        odd = [rank for rank in range(self.size) if rows[rank, 1] != rows[0, 1]]
-        if odd:
-            raise RankError(
-                f"{where}: ranks {', '.join(map(str, odd))} have other weights than rank 0; do all run on the same kind of device, "
-                "with the same versions? Start them again with --resume to go on"
-            )
-        self.agreed = int(rows[:, 0].max())
-        counts = [q * (rank + 1) // self.size - q * rank // self.size for rank in range(self.size)]
-        return np.concatenate([row[2 : 2 + 2 * n].reshape(n, 2) for row, n in zip(rows, counts)])
+        mine = torch.zeros(1 + 2 * -(-q // self.size), dtype=torch.float64)
+        mine[0] = self.stop.signal or 0
+        mine[1 : 1 + own.size] = torch.from_numpy(own.ravel())
+        rows = torch.stack(self._gather(mine, where, patient=False)).numpy()
+        self.told += mine.nbytes
+        self.agreed_signal = int(rows[:, 0].max())
+        counts = [len(self.share(q, rank)) for rank in range(self.size)]
+        return np.concatenate([row[1 : 1 + 2 * n].reshape(n, 2) for row, n in zip(rows, counts)])
 
     def broadcast(self, tensors: Iterable[torch.Tensor], where: str) -> None:
         """Rank 0's values in place of the others'."""
         for tensor in tensors if self.size > 1 else []:
-            with self._others(where):
-                torch.distributed.broadcast(tensor, 0)
-            self.sent += tensor.nbytes * (self.size - 1) * self.first
+            send = functools.partial(torch.distributed.broadcast, tensor, 0, self.steps, async_op=True)
+            self._wait(send, where, self.timeout)
+            self.told += tensor.nbytes * self.first
 
     def hand_out(self, content: bytes = b"") -> bytes:
         """Rank 0's bytes; the others wait for them as long as it takes."""
         if self.size == 1:
             return content
-        with self._others("at the start"):
-            size = torch.tensor([len(content)])
-            torch.distributed.broadcast(size, 0, self.patient)
-            held = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content and self.first else None
-            held = torch.empty(int(size), dtype=torch.uint8) if held is None else held
-            if len(held):
-                torch.distributed.broadcast(held, 0, self.patient)
-        return held.numpy().tobytes()
-
-    def agree(self, facts: dict[str, str]) -> None:
-        """UsageError where a rank's facts are others than rank 0's, when all are ready to compare."""
-        if self.size == 1:
-            return
-        told = json.loads(self.hand_out(json.dumps(facts).encode()))
-        odd = [name for name, fact in facts.items() if told[name] != fact]
-        counts = torch.zeros(self.size, dtype=torch.int64)
-        counts[self.rank] = len(odd)
-        with self._others("at the start"):
-            torch.distributed.all_reduce(counts, group=self.patient)
-        if odd:
-            lines = [f"{name} {facts[name]}, there {told[name]}" for name in odd]
-            raise UsageError(f"rank {self.rank} is not like rank 0: " + "; ".join(lines))
-        if counts.any():
-            raise RankError(f"ranks {', '.join(map(str, counts.nonzero()[:, 0].tolist()))} are not like rank 0")
+        size = torch.tensor([len(content)])
+        self._wait(lambda: torch.distributed.broadcast(size, 0, self.patient, async_op=True), "at the start", math.inf)
+        held = torch.frombuffer(bytearray(content.ljust(max(1, int(size)), b"\0")), dtype=torch.uint8)
+        self._wait(lambda: torch.distributed.broadcast(held, 0, self.patient, async_op=True), "at the start", math.inf)
+        return held[: int(size)].numpy().tobytes()
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -3594,7 +3638,7 @@ class RunDirectory:
         with storing(self.path / "metrics.csv"):
             write_whole(self.path / "metrics.csv", "\n".join(lines) + "\n")
 
-    def save_checkpoint(self, step: int, model: torch.nn.Module, tokenizer, state: dict[str, torch.Tensor]) -> Path:
+    def save_checkpoint(self, step: int, stage: int, model: torch.nn.Module, tokenizer, state: dict[str, torch.Tensor]) -> Path:
         """A checkpoint folder that is whole or not there: staged beside its place, flushed, manifest last, renamed.
 
         It is a Hugging Face model folder with the optimizer's state beside the weights, safetensors and JSON only.
@@ -3611,7 +3655,7 @@ class RunDirectory:
             model.save_pretrained(staged)
             save_tokenizer(tokenizer, staged)
             importlib.import_module("safetensors.torch").save_file(state, staged / "optimizer.safetensors")
-            (staged / "state.json").write_text(json.dumps({"step": step, "run": self.config.identity}), "utf-8")
+            (staged / "state.json").write_text(json.dumps({"step": step, "stage": stage, "run": self.config.identity}), "utf-8")
             finish_folder(staged, final)
         for old in self.checkpoint_folders()[: -self.config.keep_checkpoints]:
             shutil.rmtree(old, ignore_errors=True)
@@ -3660,6 +3704,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     rows: dict[int, dict[str, str]] = {}
     text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
     names, *lines = [*csv.reader(text[: text.rfind("\n") + 1].splitlines()), []]
+    names = names if set(names) <= set(METRICS) else METRICS  # an older version's are some of them; else it is damaged
     for values in lines:
         row = dict.fromkeys(METRICS, "") | dict(zip(names, values))
         if len(values) == len(names) and row["step"].isdigit() and all(is_number(value) for value in values if value):
@@ -4036,13 +4081,13 @@ def draw_comparison(found: list[Compared], path: Path) -> Path:
 def closing_lines(trainer: Trainer, steps: int, checkpoint: Path, picture: Path | None) -> list[str]:
     """What a run says at its end; `steps` is how many this sitting made."""
     run, ranks = trainer.run, trainer.ranks
-    sent = [f"ranks: {ranks.sent / max(1, steps):.0f} bytes left rank 0 in a step"] if ranks.size > 1 else []
+    told = [f"ranks: rank 0 told the others {ranks.told / max(1, steps):.0f} bytes a step"] if ranks.size > 1 else []
     validated = [(float(row["val_loss"]), int(row["step"])) for row in run.rows if row["val_loss"]]
     (best, at), (last, _), (first, _) = min(validated), validated[-1], validated[0]
     return [
         f"validation loss {first:.4f} at the start; best {best:.4f} at step {at} (perplexity {perplexity(best):.1f}); last "
         f"{last:.4f} (perplexity {perplexity(last):.1f})",
-        *sent,
+        *told,
         f"wrote {run.path / 'metrics.csv'}" + (f", {picture}" if picture else "") + f", {checkpoint}",
     ]
 
@@ -4098,6 +4143,10 @@ def stages(config: Config, model: torch.nn.Module, corpus: Corpus) -> list[Stage
         optimizer = config.optimizer if number else "adam"
         found.append(Stage(number, first, end, scope, optimizer, rate, number == 0 or config.mode == "FO"))
         first = end
+    if (config.max_steps or 0) > first:
+        raise UsageError(f"--max_steps {config.max_steps}: the stages have {first} steps in all; lower it, or lengthen them")
+    if (config.warmup_steps or 0) >= min(stage.end - stage.first for stage in found):
+        raise UsageError(f"--warmup_steps {config.warmup_steps}: as long as a stage, each of which begins with them; lower it")
     return found
 
 
@@ -4279,24 +4328,20 @@ class Trainer:
         if self._backpropagates(step):
             return self._backpropagate(step, rate, commit)
         queries, error = self.queries(step)
-        if known is not None:
-            self._exchange(step)
-        record = known if known is not None else self._measure(queries, rate, grid, error)
+        measuring = known is None and queries.q > 0
+        own = self._own_losses(queries, grid) if measuring else np.empty((0, 2))
+        losses = self.ranks.exchange(own, queries.q if measuring else 0, f"step {step}")
+        record = known if known is not None else self._record(queries, rate, losses, error)
         exact = [self._checked(error.inside, step)] if self.exact else []
         commit(record)
         self._apply(queries, record)
         self.exact_optimizer.apply_gradient(exact, self._scheduled(self.config.head_learning_rate, step))
         return record
 
-    def _exchange(self, step: int, own: np.ndarray | None = None) -> np.ndarray:
-        """The losses of all queries, from those of this rank's share (none where a step measures nothing); and now and then
-        a look whether all ranks have the same weights.
-        """
-        digest = 0.0
-        if self.ranks.size > 1 and step % self.config.sync_check_interval == 0:  # 48 bits fit into a float64
-            digest = float(int(sample_digest(self.model, self.config.seed, step)[:12], 16))
-        q = 0 if own is None else self.config.query_budget_q
-        return self.ranks.exchange(np.empty((0, 2)) if own is None else own, q, digest, f"step {step}")
+    def check(self, done: int) -> None:
+        """RankError where ranks have different weights after `done` steps."""
+        if self.ranks.size > 1:
+            self.ranks.compare_weights(sample_digest(self.model, self.config.seed, done), f"step {done}")
 
     def _scheduled(self, peak: float, step: int) -> float:
         """A step size that is `peak` at its highest, on the stage's schedule."""
@@ -4361,7 +4406,7 @@ class Trainer:
             gradients = [gradient.contiguous() for gradient in gradients]
         else:
             loss, gradients = math.nan, [torch.empty_like(tensor.parameter, requires_grad=False) for tensor in tensors]
-        self._exchange(step)
+        self.ranks.exchange(np.empty((0, 2)), 0, f"step {step}")
         loss_on_all = torch.tensor([loss], dtype=torch.float64)
         self.ranks.broadcast([loss_on_all, *gradients], f"step {step}")
         return loss_on_all.item(), gradients
@@ -4387,24 +4432,14 @@ class Trainer:
             self.guide = [gradient.div_(norm).reshape(tensor.rows, tensor.columns) for gradient, tensor in pairs]
         return record
 
-    def _measure(self, queries: Queries, rate: float, grid: Grid, error: OutputError | None) -> Record:
-        if queries.q == 0:
-            self._exchange(queries.step)
-        if queries.q == 0 and error is None:  # backpropagations alone: a pass for the metrics
-            input_ids = self.corpus.batch(queries.step)
-            return Record(queries.step, rate, self.objective.losses(input_ids, input_ids).item(), 0.0, False, np.empty(0))
-        if queries.q == 0:
-            norm = self._estimate_norm(queries, np.empty(0))
-            if not math.isfinite(error.loss + norm):
-                raise NonFiniteError(f"step {queries.step}: the loss is {error.loss:g}; nothing was updated; {LOWER_RATE}")
-            return Record(queries.step, rate, error.loss, norm, False, np.empty(0))
+    def _own_losses(self, queries: Queries, grid: Grid) -> np.ndarray:
+        """The losses of this rank's queries, float64 [its share, 2]; where memory runs out, in smaller groups."""
         input_ids = self.corpus.batch(queries.step)
         batch = query_batch(input_ids, input_ids, queries.q, self.config.query_data)
+        chosen = self.ranks.share(queries.q, self.ranks.rank)
         while True:
             try:
-                chosen = self.ranks.share(queries.q)
-                estimate = projected_gradients(self.objective, self.asked, batch, queries, self.group, grid, chosen)
-                break
+                return projected_gradients(self.objective, self.asked, batch, queries, self.group, grid, chosen).losses
             except RuntimeError as failure:
                 if not is_out_of_memory(failure) or self.group == 0:
                     raise
@@ -4413,7 +4448,18 @@ class Trainer:
                 self.run.say(f"out of memory at step {queries.step}: now {how}")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        estimate = Estimate(self._exchange(queries.step, estimate.losses), queries.epsilon)
+
+    def _record(self, queries: Queries, rate: float, losses: np.ndarray, error: OutputError | None) -> Record:
+        """What is to be applied, from the losses of all queries, float64 [q, 2]."""
+        if queries.q == 0 and error is None:  # backpropagations alone: a pass for the metrics
+            input_ids = self.corpus.batch(queries.step)
+            return Record(queries.step, rate, self.objective.losses(input_ids, input_ids).item(), 0.0, False, np.empty(0))
+        if queries.q == 0:
+            norm = self._estimate_norm(queries, np.empty(0))
+            if not math.isfinite(error.loss + norm):
+                raise NonFiniteError(f"step {queries.step}: the loss is {error.loss:g}; nothing was updated; {LOWER_RATE}")
+            return Record(queries.step, rate, error.loss, norm, False, np.empty(0))
+        estimate = Estimate(losses, queries.epsilon)
         c = self._finite(queries.step, estimate)
         kept = np.isfinite(c)
         norm = self._estimate_norm(queries, c)
@@ -4422,7 +4468,7 @@ class Trainer:
         if self.between.name == "sgd":
             decay = rate / self.stage.learning_rate
             rate = trusted_rate(rate, c[kept], decay * self.config.max_decrease, queries.family.gain)
-        return Record(queries.step, rate, float(estimate.losses[kept].mean()), norm, False, c)
+        return Record(queries.step, rate, float(losses[kept].mean()), norm, False, c)
 
     def _estimate_norm(self, queries: Queries, c: np.ndarray) -> float:
         """||g|| of a step's estimate, before it is averaged with those of other steps."""
@@ -4475,12 +4521,12 @@ class Trainer:
     def save(self, done: int) -> Path:
         """A checkpoint after `done` steps."""
         self.settle(done)
-        return self.run.save_checkpoint(done, self.model, self.corpus.tokenizer, self.state())
+        return self.run.save_checkpoint(done, self.stage.number, self.model, self.corpus.tokenizer, self.state())
 
-    def load(self, folder: Path, done: int) -> None:
-        """Weights and state of a checkpoint after `done` steps whose manifest holds; UsageError where they don't fit this run."""
-        self.enter(self.stage_of(max(0, done - 1)))
+    def load(self, folder: Path) -> None:
+        """Weights and state of a checkpoint whose manifest holds; UsageError where they don't fit this run."""
         try:
+            self.enter(self.stages[read_json(folder / "state.json")["stage"]])
             load_file = importlib.import_module("safetensors.torch").load_file
             weights = load_file(folder / "model.safetensors")
             state = load_file(folder / "optimizer.safetensors")
@@ -4490,7 +4536,7 @@ class Trainer:
                         raise ValueError(f"{name} has another shape")
                     parameter.copy_(weights[name])
             self._take(state)
-        except (KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise UsageError(f"{folder}: does not fit this run ({first_line(error)})") from error
 
     def _take(self, state: dict[str, torch.Tensor]) -> None:
@@ -4510,13 +4556,13 @@ class Trainer:
         if state:
             raise ValueError(f"state of unknown tensors: {', '.join(sorted(state)[:3])}")
 
-    def join(self, done: int) -> None:
-        """Hands rank 0's weights and state after `done` steps to the other ranks."""
+    def join(self) -> None:
+        """Hands rank 0's stage, weights and state to the other ranks."""
         state = self.state() if self.ranks.first else {}
         shapes = {name: [str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in state.items()}
-        shapes = json.loads(self.ranks.hand_out(json.dumps(shapes).encode()))
+        stage, shapes = json.loads(self.ranks.hand_out(json.dumps([self.stage.number, shapes]).encode()))
         if not self.ranks.first:
-            self.enter(self.stage_of(max(0, done - 1)))
+            self.enter(self.stages[stage])
             state = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in shapes.items()}
         state = {name: value.cpu().contiguous() for name, value in state.items()}
         self.ranks.broadcast([*state.values(), *(p.data for p in self.model.parameters())], "at the start")
@@ -4587,7 +4633,7 @@ def restore(trainer: Trainer, journal: Journal) -> int:
             fault = "it is another run's"
         if fault is None:
             start = int(folder.name.removeprefix("step_"))
-            trainer.load(folder, start)
+            trainer.load(folder)
             break
         trainer.run.say(f"passed over {folder}: {fault}")
         set_aside(folder)
@@ -4638,21 +4684,22 @@ def together(trainer: Trainer, journal: Journal, start: int) -> int:
         return start
     start = int(ranks.hand_out(str(start).encode()))
     if start:
-        trainer.join(start)
+        trainer.join()
     raw = ranks.hand_out(journal.path.read_bytes() if ranks.first else b"")
     if not ranks.first:
         journal.take(raw)
-    tokens = file_digest(trainer.corpus.folder / MANIFEST)
-    weights = sample_digest(trainer.model, trainer.config.seed, start)
+    tokens = file_digest(trainer.corpus.folder / MANIFEST)[:12]
+    weights = sample_digest(trainer.model, trainer.config.seed, start)[:12]
     device = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else trainer.device.type
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     ranks.agree({"tokens": tokens, "weights": weights, "device": device, "versions": versions})
-    ranks.sent = 0
+    ranks.told = 0
     return start
 
 
 def train(config: Config, run: RunDirectory | Onlooker, ranks: Ranks, resumed: bool = False) -> int:
     """Trains, from the start or from where the run was stopped; the exit code."""
+    ranks.begin(config.rank_timeout)
     with prepared(config, run, ranks) as (trainer, journal):
         for line in opening_lines(trainer) if ranks.first else []:
             run.say(line)
@@ -4741,27 +4788,37 @@ class Account:
             write_whole(run.path / "finished.json", json.dumps({"step": done, **run.rows[-1]}, indent=1) + "\n")
 
 
+class NoAccount:
+    """What ranks other than 0 have in place of it."""
+
+    def nothing(self, *arguments) -> None:
+        pass
+
+    open = step = rescue = close = end = nothing
+
+
 def loop(trainer: Trainer, journal: Journal, start: int) -> int:
     """The steps from `start` to the last; those in the journal are applied without being measured. The exit code."""
-    ranks, done = trainer.ranks, start
-    account = Account(trainer, journal, start) if ranks.first else None
+    config, ranks, done, compared = trainer.config, trainer.ranks, start, start
+    account = Account(trainer, journal, start) if ranks.first else NoAccount()
     try:
-        if account and start == 0:
+        if start == 0:
             account.open()
         while done < trainer.total and not ranks.signal:
             record = trainer.step(done, journal.records.get(done), journal.append)
             done += 1
-            if account:
-                account.step(done, record)
+            if done % config.sync_check_interval == 0 or done % config.save_interval == 0:
+                trainer.check(done)
+                compared = done
+            account.step(done, record)
     except NonFiniteError:
-        if account:
-            account.rescue(done)
+        account.rescue(done)
         raise
     finally:
-        if account:
-            account.close()
-    if account:
-        account.end(done)
+        account.close()
+    if compared != done:  # a checkpoint that rank 0 has written since has put its weights on their grid
+        trainer.check(done)
+    account.end(done)
     return 0 if done == trainer.total else 128 + ranks.signal
 
 
@@ -4797,15 +4854,16 @@ def rehearsal(trainer: Trainer, journal: Journal) -> list[str]:
         return result
 
     loss = timed(lambda: validation_loss(trainer.objective, trainer.corpus))
-    for step in range(2):  # the first of an Instruct run is its backpropagation
+    steps = (0, trainer.stages[1].first) if config.layerwise and trainer.stages[1].first < total else (0, 1)
+    for step in steps:  # the first of an Instruct run is its backpropagation, that of a layerwise run trains the embedding
         timed(functools.partial(trainer.step, step, None, journal.append))
-    folder = timed(lambda: trainer.save(2))
+    folder = timed(lambda: trainer.save(steps[1] + 1))
     weights = weights_digest(trainer.model)
-    trainer.load(folder, 2)
+    trainer.load(folder)
     if folder_fault(folder) or weights_digest(trainer.model) != weights:
         raise StorageError(f"{folder}: read back, the checkpoint is not what was written: {folder_fault(folder)}")
     validation, first, second, saving = seconds
-    backward = -(-total // config.bp_interval) if config.bp_interval else 0
+    backward = -(-total // config.bp_interval) if config.bp_interval else min(steps[1], total) * config.layerwise
     stepping = first * backward + second * (total - backward) if config.bp_interval != 1 else second * total
     whole = stepping + validation * (2 + total // config.eval_interval) + saving * (1 + total // config.save_interval)
     size = sum(path.stat().st_size for path in folder.iterdir())
@@ -4825,6 +4883,8 @@ def resumed_config(asked: Config, given: set[str], path: Path) -> Config:
     changes = {name: getattr(asked, name) for name in given - set(ACTIONS)}
     changes = {name: value for name, value in changes.items() if value != getattr(stored, name)}
     refused = [name for name in changes if name not in FREE_FLAGS]
+    if stored.layerwise:
+        refused += ["epochs"] if "epochs" in changes else []
     if stored.use_lr_scheduler:
         refused += [name for name in ("epochs", "max_steps") if name in changes]
     if refused:
@@ -4840,10 +4900,13 @@ def start(config: Config, ranks: Ranks) -> int:
     """A new run; the exit code."""
     run = RunDirectory.create(config)
     try:
+        ranks.hand_out(json.dumps(dataclasses.asdict(config)).encode())
         return train(config, run, ranks)
     finally:
         run.close()
-        if not (run.path / "journal.bin").exists():  # training never began: there is nothing to keep
+        journal = run.path / "journal.bin"
+        begun = journal.exists() and journal.stat().st_size > 0
+        if not begun and not run.checkpoint_folders():  # training never began: there is nothing to keep
             shutil.rmtree(run.path, ignore_errors=True)
 
 
@@ -4861,12 +4924,9 @@ def resume(asked: Config, given: set[str], ranks: Ranks) -> int:
         run.close()
 
 
-def follow(asked: Config, ranks: Ranks) -> int:
-    """A run as ranks other than 0 take part in it; the exit code."""
-    config = asked
-    if asked.resume:
-        config = Config(**json.loads(ranks.hand_out()))
-    return train(config, Onlooker(), ranks)
+def follow(ranks: Ranks) -> int:
+    """A run as ranks other than 0 take part in it, by rank 0's flags; the exit code."""
+    return train(Config(**json.loads(ranks.hand_out())), Onlooker(), ranks)
 
 
 def replay(asked: Config, ranks: Ranks) -> int:
@@ -4934,13 +4994,17 @@ def tune_process() -> None:
 
 def run_one(config: Config, given: set[str], ranks: Ranks) -> int:
     """What the flags ask for; the exit code."""
+    if ranks.size > 1 and (config.replay or config.dry_run or config.compare):
+        raise UsageError("--replay, --dry_run, --compare: one process is enough; start it without torchrun")
+    if config.compare:
+        return compare(config)
     if config.replay:
         return replay(config, ranks)
     if config.dry_run:
         return dry_run(config, ranks)
     ranks.agree({f"--{name}": str(value) for name, value in dataclasses.asdict(config).items()})
     if not ranks.first:
-        return follow(config, ranks)
+        return follow(ranks)
     return resume(config, given, ranks) if config.resume else start(config, ranks)
 
 
@@ -4948,17 +5012,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; errors are lines on standard error, the value is the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
-    stop = Stop()
-    ranks = Ranks(ASK_SECONDS, stop)
+    ranks = Ranks(Stop())
     try:
-        config, given = parse_config(argv)
         tune_process()
-        if config.compare:
-            return compare(config)
-        if ranks.size > 1 and (config.replay or config.dry_run):
-            raise UsageError("--replay, --dry_run: one process is enough; start it without torchrun")
-        ranks = Ranks(config.rank_timeout, stop)
-        with stop, ranks:
+        with ranks.stop, ranks:
+            config, given = ranks.agreed(lambda: parse_config(argv))
             return run_one(config, given, ranks)
     except (UsageError, NonFiniteError, StorageError, RankError) as error:
         if debug:

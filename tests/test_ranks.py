@@ -1,10 +1,12 @@
 """Many processes: the run of one process bit for bit, faults of any of them, and a run that goes on with another number."""
 
 import itertools
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 
 import harness
 import numpy as np
@@ -50,9 +52,9 @@ def test_every_query_has_one_rank():
         for q in range(20):
             shares = []
             for rank in range(size):
-                ranks = zo.Ranks(1.0, zo.Stop())
-                ranks.rank, ranks.size = rank, size
-                shares.append(list(ranks.share(q)))
+                ranks = zo.Ranks(zo.Stop())
+                ranks.size = size
+                shares.append(list(ranks.share(q, rank)))
             assert list(itertools.chain(*shares)) == list(range(q))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -63,9 +65,9 @@ def test_what_travels_in_a_step_is_what_was_measured(runs):
         for size in (32, 64):
             children = runs.ranks(2, f"q{q}_{size}", query_budget_q=q, block_size=size)
             assert [child.wait() for child in children] == [0, 0]
-            sent[q, size] = int(re.search(r"ranks: (\d+) bytes left rank 0 in a step", children[0].output())[1])
-    assert sent[2, 32] == sent[2, 64] == 8 * (2 + 2 * 1)  # the losses of one query, a signal, a digest
-    assert sent[8, 32] == sent[8, 64] == 8 * (2 + 2 * 4)
+            sent[q, size] = int(re.search(r"rank 0 told the others (\d+) bytes a step", children[0].output())[1])
+    assert sent[2, 32] == sent[2, 64] == 8 * (1 + 2 * 1)  # the losses of one query, a signal
+    assert sent[8, 32] == sent[8, 64] == 8 * (1 + 2 * 4)
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
@@ -96,7 +98,7 @@ def test_a_rank_that_is_gone_or_hangs_stops_the_other_and_the_run_goes_on(runs, 
     told = errors_of(children)
     what = "gone" if number == signal.SIGKILL else r"silent for 5 s \(--rank_timeout\)"
     assert len(told) == 1, told
-    assert re.search(rf"error: step \d+: another rank (is|has been) {what}; .*--resume", told[0])
+    assert re.search(rf"error: step \d+: another rank is {what}; .*--resume", told[0])
     children[victim].kill()
     run = harness.only_run(runs.folder / "logs")
     resumed = harness.ranks(3, harness.argv(resume=run), runs.folder / "resumed.out", dict.fromkeys(range(3), SLOWLY))
@@ -111,7 +113,17 @@ def test_ranks_with_other_weights_stop_with_one_line(runs):
     children = runs.ranks(3, faults={2: ("other_weights", 4)}, **LONG, sync_check_interval=3)
     assert [child.wait() for child in children] == [5] * 3
     (line,) = errors_of(children)
-    assert line.startswith("error: step 6: ranks 2 have other weights than rank 0")
+    assert line.startswith("error: step 6: other weights on rank 2 than on rank 0")
+
+
+def test_weights_are_compared_before_a_checkpoint_and_at_the_end(runs):
+    for name, step, found in (("saved", 7, 10), ("ended", 27, 30)):
+        children = runs.ranks(2, name, faults={1: ("other_weights", step)}, **LONG, sync_check_interval=1000)
+        assert [child.wait() for child in children] == [5] * 2
+        (line,) = errors_of(children)
+        assert line.startswith(f"error: step {found}: other weights on rank 1")
+        run = harness.only_run(runs.folder / name)
+        assert not (run / "checkpoints" / f"step_{found:08d}").exists()
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(runs):
@@ -158,9 +170,47 @@ def test_wrong_flags_and_other_flags_are_said_once(runs):
     (one, words) = (harness.free_port(), [harness.argv(**runs.flags("two", seed=seed)) for seed in (0, 1)])
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(one)}
     children = [harness.Child(words[n], runs.folder / f"two.{n}", (), common | {"RANK": str(n)}) for n in (0, 1)]
-    assert [child.wait() for child in children] == [5, 2]
+    assert [child.wait() for child in children] == [2, 2]
     assert errors_of(children) == ["error: rank 1 is not like rank 0: --seed 1, there 0"]
     assert not (runs.folder / "two").exists() or not list((runs.folder / "two").iterdir())
+
+
+def test_a_fault_of_one_rank_is_said_by_its_number(runs):
+    words = harness.argv(**runs.flags())
+    port = str(harness.free_port())
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    each = [words, [*words, "--dataset", str(runs.folder / "missing.txt"), "--epsilon", "0"]]
+    children = [harness.Child(each[n], runs.folder / f"one.{n}", (), common | {"RANK": str(n)}) for n in (0, 1)]
+    assert [child.wait() for child in children] == [2, 2]
+    first, second = sorted(errors_of(children))
+    assert first.startswith("error: rank 1: --dataset")
+    assert second.startswith("error: rank 1: --epsilon 0")
+
+
+def test_a_run_directory_is_needed_by_rank_0_alone(runs):
+    whole = runs.train("whole", max_steps=6, num_threads=1)
+    run = runs.train("logs", max_steps=4, num_threads=1)
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(harness.free_port())}
+    (runs.folder / "elsewhere").mkdir()
+    words = [harness.argv(resume=os.path.relpath(run, runs.folder), max_steps=6)] * 2
+    homes = [runs.folder, runs.folder / "elsewhere"]
+    children = [
+        harness.Child(words[n], runs.folder / f"two.{n}", ("in_folder", str(homes[n])), common | {"RANK": str(n)}) for n in (0, 1)
+    ]
+    assert [child.wait() for child in children] == [0, 0], [child.output() for child in children]
+    assert set(harness.differences(whole, run)) <= {"metrics.csv"}
+
+
+def test_a_second_signal_ends_a_rank_that_waits_for_another(runs):
+    children = runs.ranks(2, faults={0: SLOWLY, 1: SLOWLY}, **LONG | {"rank_timeout": 100})
+    under_way(runs, children)
+    children[1].send(signal.SIGSTOP)
+    time.sleep(0.5)
+    children[0].send(signal.SIGTERM)
+    time.sleep(1.5)  # longer than what torchrun passes on twice
+    children[0].send(signal.SIGTERM)
+    assert children[0].wait(10) == 143
+    children[1].kill()
 
 
 @pytest.mark.parametrize("flags", [{"dry_run": True}, {"replay": "RUN"}], ids=["dry_run", "replay"])
@@ -169,7 +219,7 @@ def test_what_one_process_does_is_refused_to_more(runs, flags):
     words = harness.argv(**{name: run if value == "RUN" else value for name, value in flags.items()})
     children = harness.ranks(2, words, runs.folder / "refused.out", {})
     assert [child.wait() for child in children] == [2, 2]
-    assert errors_of(children) == ["error: --replay, --dry_run: one process is enough; start it without torchrun"]
+    assert errors_of(children) == ["error: --replay, --dry_run, --compare: one process is enough; start it without torchrun"]
 
 
 def test_torchrun_starts_it(runs):
@@ -199,7 +249,7 @@ def test_a_sample_of_the_weights_shows_a_change_that_stays(tiny_llama, monkeypat
 
 def test_threads_are_shared_out_to_the_processes_of_a_machine(monkeypatch):
     monkeypatch.setattr(zo.os, "sched_getaffinity", lambda _: set(range(10)), raising=False)
-    ranks = zo.Ranks(1.0, zo.Stop())
+    ranks = zo.Ranks(zo.Stop())
     assert zo.cpu_threads(zo.Config(), ranks) is None
     ranks.size, ranks.local_size = 6, 3
     assert zo.cpu_threads(zo.Config(), ranks) == 3
