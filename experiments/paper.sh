@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The paper's experiment: the whole model and layer by layer, first order and zeroth order. `experiments/paper.sh tiny` takes two
-# cores about an hour and a half, `experiments/paper.sh 20M` is the full size, for a GPU. In logs/paper/SIZE (LOG_DIR/SIZE); a run that is
-# there is left alone. ONLY=PATTERN limits them, SEEDS="0 1" the seeds; THREADS=N is for several of these side by side.
+# The paper's experiment: the whole model and layer by layer, first order and zeroth order; then its table and picture, table.md and
+# paper.png. `SEEDS=0 experiments/paper.sh tiny` is one seed of the small one, `experiments/paper.sh 20M` the full size, for a GPU. In
+# logs/paper/SIZE (LOG_DIR/SIZE); a run that is there is left alone. ONLY=PATTERN limits them, SEEDS="0 1" the seeds; THREADS=1 is for
+# two of these side by side, which on two cores is twice as fast as one after the other.
 . "$(dirname "$0")/common.sh"
 size=${1:?tiny or 20M}
 logs=${LOG_DIR:-logs/paper}/$size
@@ -30,3 +31,7 @@ for seed in ${SEEDS:-0 1 2}; do
     run "lowrank_layerwise_$seed" $every $lowrank $layers
     run "lowrank_full_$seed" $every $lowrank $whole
 done
+
+if compgen -G "$logs/*_layerwise_*/finished.json" > /dev/null; then
+    python experiments/paper_report.py "$logs" "$logs/paper.png" | tee "$logs/table.md"
+fi

@@ -103,9 +103,39 @@ def test_a_layerwise_run_resumes_at_any_step_and_is_replayed(runs, flags):
         assert runs.replay(whole, replay_step=step) == 0
 
 
+def test_a_run_that_fails_in_a_stages_first_step_goes_on_from_there(runs):
+    flags = LAYERS | {"direction": "feedback", "rank": 4, "optimizer": "adam", "num_threads": 1}
+    whole = runs.train("whole", **flags)
+    child = runs.start("logs", ("nan_losses", 5), **flags)
+    assert child.wait() == 3
+    assert "the weights before this step are kept in" in child.output()
+    run = harness.only_run(runs.folder / "logs")
+    assert harness.last_checkpoint(run).name == "step_00000005"
+    assert runs.resume(run) == 0
+    assert harness.differences(whole, run) == []
+
+
+def test_the_dry_run_times_a_step_of_each_kind(runs, capsys, monkeypatch):
+    made = []
+    step = zo.Trainer.step
+    monkeypatch.setattr(zo.Trainer, "step", lambda self, number, *rest: made.append(number) or step(self, number, *rest))
+    assert runs.code(dry_run=True, **LAYERS) == 0
+    assert made == [0, 3]
+    assert "7 steps in about" in capsys.readouterr().out
+
+
+def test_a_layerwise_run_is_not_made_longer_by_epochs(runs, errors):
+    run = runs.train(**LAYERS | {"max_steps": 4})
+    code, lines = errors(harness.argv(resume=run, epochs=9))
+    assert code == 2
+    assert "--epochs 9: the run has 1" in lines[-1]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        ({"max_steps": 17}, "--max_steps 17: the stages have 11 steps in all"),
+        ({"use_lr_scheduler": True, "warmup_steps": 2}, "--warmup_steps 2: as long as a stage"),
         ({"mode": "Instruct", "bp_interval": 2}, "--scope layerwise: only --mode FO and ZO have it"),
         ({"head": "closed_form"}, "--scope layerwise: the head is trained with the embedding"),
         ({"init_from": "owner/name", "model_size": None}, "--scope layerwise: gives every block new weights"),

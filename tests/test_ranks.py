@@ -187,6 +187,24 @@ def test_a_fault_of_one_rank_is_said_by_its_number(runs):
     assert second.startswith("error: rank 1: --epsilon 0")
 
 
+def test_other_tokens_are_refused_and_leave_no_run_behind(runs):
+    """Two machines, each with a text file of its own in the same place."""
+    homes = [runs.folder / name for name in ("a", "b")]
+    for home, words in zip(homes, ("some words and more\n\n", "other words, not these\n\n")):
+        home.mkdir()
+        (home / "text.txt").write_text("".join(f"{n} {words}" * 9 for n in range(300)))
+    flags = runs.flags("logs", dataset="text.txt", max_samples=None, tokenizer="gpt2", num_threads=1)
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(harness.free_port())}
+    children = [
+        harness.Child(harness.argv(**flags), runs.folder / f"two.{n}", ("in_folder", str(homes[n])), common | {"RANK": str(n)})
+        for n in (0, 1)
+    ]
+    assert [child.wait() for child in children] == [2, 2]
+    (line,) = errors_of(children)
+    assert line.startswith("error: rank 1 is not like rank 0: tokens ")
+    assert list((runs.folder / "logs").iterdir()) == []
+
+
 def test_a_run_directory_is_needed_by_rank_0_alone(runs):
     whole = runs.train("whole", max_steps=6, num_threads=1)
     run = runs.train("logs", max_steps=4, num_threads=1)

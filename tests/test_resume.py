@@ -577,6 +577,17 @@ def test_damaged_metrics_are_refused_by_name_or_mended(runs, stopped, whole, cap
         assert not weights_differ(whole, stopped)
 
 
+def test_metrics_are_read_with_a_damaged_header_and_of_an_older_version(stopped):
+    path = stopped / "metrics.csv"
+    rows = zo.read_metrics(path)
+    path.write_text(path.read_text("utf-8").replace("val_loss", "val_lozs", 1), "utf-8")
+    assert zo.read_metrics(path) == rows
+    names = [name for name in zo.METRICS if name != "stage"]
+    lines = [names, *([row[name] for name in names] for row in rows)]
+    path.write_text("".join(",".join(line) + "\n" for line in lines), "utf-8")
+    assert zo.read_metrics(path) == rows
+
+
 def test_a_checkpoint_of_another_run_is_not_taken(runs, stopped, whole, capsys):
     """Whole in itself, but of another seed."""
     other = runs.train("other", optimizer="adam", seed=5, **STEPS | {"max_steps": 6})
