@@ -66,7 +66,7 @@ def draw(groups: dict[tuple[str, str], list[Run]], ends: list[float], path: Path
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    figure = Figure(figsize=(13, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axis, (title, kinds) in zip(figure.subplots(1, 2, sharey=True), PANELS.items()):
         for (kind, scope), runs in groups.items():
@@ -82,8 +82,8 @@ def draw(groups: dict[tuple[str, str], list[Run]], ends: list[float], path: Path
         )
         axis.set(title=title, xlabel="epochs (dotted: a stage ends, the next block begins)")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7.5)
     figure.axes[0].set_ylabel("validation loss, nats")
+    figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
