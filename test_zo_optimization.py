@@ -3,7 +3,7 @@
 As a program it measures five groups and prints each figure beside its target; under pytest the same functions assert,
 at a scale that takes a minute and a half on two cores, and nothing depends on the time.
 
-    python test_zo_optimization.py                              all groups, about twenty minutes on two cores
+    python test_zo_optimization.py                              all groups, about a quarter of an hour on two cores
     python test_zo_optimization.py --full --json tables.json    q = 8, 16, 32 and models up to 1B (24 GiB of memory)
     python test_zo_optimization.py --only speed --queries 8 --repetitions 9 --profile
     pytest test_zo_optimization.py
