@@ -8,6 +8,8 @@ from pathlib import Path
 
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nothing listens there
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if sys.platform == "linux":  # ranks meet on the loopback interface, whatever the host's name resolves to
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import harness  # noqa: E402
