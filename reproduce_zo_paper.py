@@ -129,7 +129,7 @@ class StorageError(Exception):
 
 
 class RankError(Exception):
-    """Another process of this run is gone, silent, or has other weights. Exit code 5; the run can be resumed."""
+    """Another process of this run is gone, silent, or has other weights. Exit code 5; a run that has begun can be resumed."""
 
     exit_code = 5
 
@@ -763,7 +763,11 @@ def useless_flags(config: Config, given: set[str], faulty: set[str]) -> list[str
         "query_data": ("query_budget_q", config.query_budget_q > 0 or config.query_data == "shared", "queries"),
         "sample_interval": ("prompt", config.prompt is not None, "--prompt"),
         "epochs": ("scope", not config.layerwise, "a --scope other than layerwise, which has --stage_epochs"),
-        "stage_epochs": ("scope", config.layerwise and config.stage_steps is None, "--scope layerwise, and with --stage_steps"),
+        "stage_epochs": (
+            "scope",
+            config.layerwise and config.stage_steps is None,
+            "a --scope layerwise that has no --stage_steps",
+        ),
         "stage_steps": ("scope", config.layerwise, "--scope layerwise"),
         "stage_learning_rates": ("scope", config.layerwise, "--scope layerwise"),
         "model_size": ("init_from", config.init_from is None, "a new model (without --init_from)"),
@@ -1109,6 +1113,7 @@ class Ranks:
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         self.timeout, self.stop = JOIN_SECONDS, stop
         stop.echo = 1.0 if self.size > 1 else 0.0
+        self.steps: torch.distributed.ProcessGroup | None = None  # the group of a step's messages, once steps begin
         self.agreed_signal = 0
         self.told = 0  # bytes that this rank has told the others in steps
 
@@ -1201,7 +1206,7 @@ class Ranks:
             yield
         except RuntimeError as error:
             silent = "timed out" in str(error).lower() or "timeout" in str(error).lower()
-            what = f"silent for {self.timeout:g} s" + " (--rank_timeout)" * (self.timeout != JOIN_SECONDS) if silent else "gone"
+            what = f"silent for {self.timeout:g} s" + " (--rank_timeout)" * (self.steps is not None) if silent else "gone"
             more = "start the ranks again with --resume to go on" if where.startswith("step") else first_line(error)
             raise RankError(f"{where}: another rank is {what}; {more}") from error
 

@@ -72,6 +72,7 @@ def gather(rank: int, size: int, port: int, answer: multiprocessing.Queue) -> No
 
 
 def gather_seconds(size: int, port: int) -> float:
+    """What `gather` takes with `size` processes."""
     context = multiprocessing.get_context("spawn")
     answer = context.Queue()
     processes = [context.Process(target=gather, args=(rank, size, port, answer)) for rank in range(size)]
