@@ -37,7 +37,7 @@ class Runs:
         self.folder, self.cache = folder, cache
 
     def flags(self, name: str = "logs", **flags) -> dict:
-        return harness.FLAGS | {"log_dir": self.folder / name, "cache_dir": self.cache} | flags
+        return harness.fitting({"log_dir": self.folder / name, "cache_dir": self.cache} | flags)
 
     def code(self, name: str = "logs", **flags) -> int:
         """The exit code of a run of the miniature in this process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import multiprocessing
 import os
 import resource
@@ -24,7 +25,7 @@ import reproduce_zo_paper as zo  # noqa: E402
 MINIATURE = zo.Size(32, 2, 2, 64, "bpe:300")
 MINIATURE_BLOCK = 1 << 11
 
-# Every default that matters is given, so that tests do not change with the defaults.
+# Every default that matters is given, so that tests do not change with the defaults; `fitting` leaves out those without effect.
 FLAGS = {
     "mode": "ZO",
     "model_size": "tiny",
@@ -62,6 +63,18 @@ def argv(**flags) -> list[str]:
     return words
 
 
+def fitting(given: dict) -> dict:
+    """FLAGS with those given; a flag of FLAGS that has no effect beside them is left out."""
+    flags = FLAGS | given
+    if given.get("resume") or given.get("replay") or given.get("compare"):
+        return given
+    typed = {name: value for name, value in flags.items() if value is not None and name in zo.FIELDS}
+    config = zo.Config(**{name: str(v) if isinstance(v, Path) else v for name, v in typed.items()})
+    needs = {name: zo.FIELDS[name].metadata.get("needs") for name in FLAGS if name not in given}
+    idle = {name for name, need in needs.items() if need and not zo.NEEDS[need][0](config)}
+    return {name: value for name, value in flags.items() if name not in idle}
+
+
 def shrink(setter=dict.__setitem__) -> None:
     """Makes `tiny` the miniature, and blocks small."""
     setter(zo.MODEL_SIZES, "tiny", MINIATURE)
@@ -96,7 +109,7 @@ def corpus(config: zo.Config) -> zo.Corpus:
     """The tokens of a run."""
     import torch
 
-    return zo.prepare_corpus(config, config.source, zo.given_tokenizer(config), torch.device("cpu"), print)
+    return zo.prepare_corpus(config, config.source, zo.given_tokenizer(config), torch.device("cpu"))
 
 
 def only_run(log_dir: Path) -> Path:
@@ -125,8 +138,8 @@ def differences(one: Path, other: Path) -> list[str]:
     found = []
     if timeless(one) != timeless(other):
         found.append("metrics.csv")
-    if (one / "journal.bin").read_bytes() != (other / "journal.bin").read_bytes():
-        found.append("journal.bin")
+    if (one / "journal.jsonl").read_bytes() != (other / "journal.jsonl").read_bytes():
+        found.append("journal.jsonl")
     ours, theirs = last_checkpoint(one), last_checkpoint(other)
     if ours.name != theirs.name:
         found.append(f"{ours.name} and {theirs.name}")
@@ -166,10 +179,10 @@ def exit_at_storage_call(number: int, after_step: int) -> None:
 
     save = zo.RunDirectory.save_checkpoint
 
-    def watched(self, step, *args):
-        active[0] = step == after_step
+    def watched(self, name, *args):
+        active[0] = name == f"step_{after_step:08d}"
         try:
-            return save(self, step, *args)
+            return save(self, name, *args)
         finally:
             active[0] = False
 
@@ -185,26 +198,30 @@ def limit_file_size(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def full_disk_after(size: int, steps: int) -> None:
+def full_disk_after(size: int, step: int) -> None:
     """The limit of `limit_file_size` from a step on."""
-    step = zo.Trainer.step
+    measure = zo.Trainer.measure
 
-    def limited(self, number, *args):
-        if number == steps:
+    def limited(self, number):
+        if number == step:
             limit_file_size(size)
-        return step(self, number, *args)
+        return measure(self, number)
 
-    zo.Trainer.step = limited
+    zo.Trainer.measure = limited
 
 
 def full_disk_in_journal(step: int) -> None:
     """The record of a step is written in part, as on a full disk."""
-    write = os.pwrite
+    append, write = zo.Journal.append, os.write
 
-    def torn(descriptor: int, content: bytes, place: int) -> int:
-        return write(descriptor, content[: len(content) // 2] if place >= step * len(content) else content, place)
+    def torn(self, record) -> None:
+        os.write = (lambda file, line: write(file, line[: len(line) // 2])) if record.step >= step else write
+        try:
+            append(self, record)
+        finally:
+            os.write = write
 
-    os.pwrite = torn
+    zo.Journal.append = torn
 
 
 def slow_steps(seconds: float) -> None:
@@ -219,12 +236,12 @@ def slow_steps(seconds: float) -> None:
 
 
 def other_weights(step: int) -> None:
-    """From a step on, this process' weights are a little off."""
+    """From the end of a step on, this process' weights are a little off."""
     settle = zo.Trainer.settle
 
     def drifted(self, number):
         if number == step:
-            self.tensors[0].matrix.add_(1e-3)
+            self.optimizer.tensors[0].matrix.add_(1e-3)
         return settle(self, number)
 
     zo.Trainer.settle = drifted
@@ -232,12 +249,12 @@ def other_weights(step: int) -> None:
 
 def nan_losses(step: int) -> None:
     """This process measures a loss that is not a number, in every query of a step."""
-    own_losses = zo.Trainer._own_losses
+    own_losses = zo.QueryRule.own_losses
 
-    def damaged(self, queries, grid):
-        return own_losses(self, queries, grid) * (float("nan") if queries.step == step else 1.0)
+    def damaged(self, queries):
+        return own_losses(self, queries) * (float("nan") if queries.step == step else 1.0)
 
-    zo.Trainer._own_losses = damaged
+    zo.QueryRule.own_losses = damaged
 
 
 def in_folder(path: str) -> None:
@@ -341,6 +358,13 @@ def ranks(count: int, words: list[str], log: Path, faults: dict[int, tuple]) -> 
     return [Child(words, log.with_suffix(f".{n}"), faults.get(n, ()), each) for n, each in enumerate(environments)]
 
 
-def records(log_dir: Path, size: int) -> int:
-    """Whole records in the journal of the only run, 0 before there is one."""
-    return max((path.stat().st_size // size for path in log_dir.glob("*/journal.bin")), default=0)
+def journal(run: Path) -> list[dict]:
+    """The lines of a run's journal, as they are."""
+    path = run / "journal.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def records(log_dir: Path) -> int:
+    """Whole lines in the journal of the only run, 0 before there is one."""
+    return max((path.read_bytes().count(b"\n") for path in log_dir.glob("*/journal.jsonl")), default=0)
