@@ -176,7 +176,11 @@ EMBEDDED_SAMPLES, HUB_SAMPLES = 500, 10_000
 LOCAL_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 COMPRESSIONS = (".gz", ".bz2", ".xz")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-OLD_HUB_NAMES = {"gpt2": "openai-community/gpt2", "distilgpt2": "distilbert/distilgpt2", "opt-125m": "facebook/opt-125m"}
+OLD_HUB_NAMES = {
+    "gpt2": "openai-community/gpt2",
+    "distilgpt2": "distilbert/distilgpt2",
+    "opt-125m": "facebook/opt-125m",
+}
 
 
 class Source(NamedTuple):
@@ -246,7 +250,9 @@ MUON = {"optimizer": "mudamw", "learning_rate": 3e-3}
 MODES = {
     "FO": Mode(always=True, queries=False, interval=False, guided=False, defaults={"optimizer": "adam"}),
     "ZO": Mode(always=False, queries=True, interval=False, guided=False, defaults={}),
-    "Instruct": Mode(always=False, queries=True, interval=True, guided=True, defaults={"direction": "feedback", **MUON}),
+    "Instruct": Mode(
+        always=False, queries=True, interval=True, guided=True, defaults={"direction": "feedback", **MUON}
+    ),
     "Calibrate": Mode(always=False, queries=True, interval=True, guided=False, defaults=MUON),
 }
 OPTIMIZERS = ("sgd", "adam", "mudamw")
@@ -274,112 +280,142 @@ class Config:
     derived defaults of the command line.
     """
 
-    mode: str = flag(RUN, "ZO", "FO: backpropagation. ZO: forward passes alone. Instruct: a backpropagation every bp_interval steps, and "
-        "forward passes that it guides between. Calibrate: the same backpropagations, and unguided ZO between", choices=MODES)
-    run_name: str | None = flag(RUN, None, "first part of the run directory's name (default: from mode and size)", free=True)
+    mode: str = flag(RUN, "ZO", "FO: backpropagation. ZO: forward passes alone. Instruct: a backpropagation every "
+        "bp_interval steps, and forward passes that it guides between. Calibrate: the same backpropagations, and "
+        "unguided ZO between", choices=MODES)
+    run_name: str | None = flag(RUN, None, "first part of the run directory's name (default: from mode and size)",
+        free=True)
     log_dir: str = flag(RUN, "logs", "folder that run directories are made in", free=True)
     seed: int = flag(RUN, 0, "initial weights, directions and data order are functions of it", least=0, most=2**63 - 1)
     log_interval: int = flag(RUN, 10, "steps between rows of metrics.csv and progress lines", least=1, free=True)
-    dry_run: bool = flag(RUN, False, "two steps, a validation, a checkpoint written and read back; prints what the whole run would take and "
-        "keeps nothing", free=True)
+    dry_run: bool = flag(RUN, False, "two steps, a validation, a checkpoint written and read back; prints what the "
+        "whole run would take and keeps nothing", free=True)
     debug: bool = flag(RUN, False, "show the traceback of an error", free=True)
 
-    model_size: str = flag(MODEL, "tiny", "Llama built from scratch, by parameter count", choices=MODEL_SIZES, needs="a new model")
-    init_from: str | None = flag(MODEL, None, "start from a causal language model of transformers, with its tokenizer: a folder or hub id, "
-        "safetensors only")
-    scope: str = flag(MODEL, "full", "what is trained: full, head (with it a tied embedding), norms, embedding (what is in no block), "
-        "blocks:I-J (from 0), reduced (last MLP, its norm, final norm, head), or layerwise: the embedding, then each block on its own")
+    model_size: str = flag(MODEL, "tiny", "Llama built from scratch, by parameter count", choices=MODEL_SIZES,
+        needs="a new model")
+    init_from: str | None = flag(MODEL, None, "start from a causal language model of transformers, with its tokenizer: "
+        "a folder or hub id, safetensors only")
+    scope: str = flag(MODEL, "full", "what is trained: full, head (with it a tied embedding), norms, embedding (what "
+        "is in no block), blocks:I-J (from 0), reduced (last MLP, its norm, final norm, head), or layerwise: the "
+        "embedding, then each block on its own")
 
-    dataset: str = flag(DATA, "embedded", "embedded (US annual messages), a .txt .jsonl .json .csv or .parquet file (also .gz .bz2 .xz) or a "
-        "folder of them, a hub id, or " + ", ".join(HUB_DATASETS))
+    dataset: str = flag(DATA, "embedded",
+        "embedded (US annual messages), a .txt .jsonl .json .csv or .parquet file (also .gz .bz2 .xz) or a " "folder of them, a hub id, or " + ", ".join(HUB_DATASETS))
     text_column: str = flag(DATA, "text", "column of the documents, in anything but plain text", needs="columns")
     dataset_config: str | None = flag(DATA, None, "configuration of a hub set (default: its own)", needs="hub")
     dataset_split: str = flag(DATA, "train", "split of a hub set that documents are taken from", needs="hub")
-    max_samples: int | None = flag(DATA, None, f"documents used (default: {EMBEDDED_SAMPLES} embedded, else what the set recommends)", least=1)
+    max_samples: int | None = flag(DATA, None,
+        f"documents used (default: {EMBEDDED_SAMPLES} embedded, else what the set recommends)", least=1)
     batch_size: int = flag(DATA, 4, "sequences in a step's batch", least=1, most=2**20)
     block_size: int = flag(DATA, 128, "tokens in a sequence", least=2, most=2**20)
-    tokenizer: str | None = flag(DATA, None, "gpt2, bpe:N (trained on the data, N tokens), or a folder or hub id (default: bpe:4096 for tiny, "
-        "else gpt2; with --init_from the model's)")
+    tokenizer: str | None = flag(DATA, None, "gpt2, bpe:N (trained on the data, N tokens), or a folder or hub id "
+        "(default: bpe:4096 for tiny, else gpt2; with --init_from the model's)")
     offline: bool = flag(DATA, False, "never ask the hub: its names are looked up in the local cache alone", free=True)
     cache_dir: str | None = flag(DATA, None, "where tokens are kept (default: ~/.cache/reproduce_zo_paper)", free=True)
 
-    query_budget_q: int = flag(ZO, None, "queries (directions) a step, two forward passes each; with feedback one, without the output layer. "
-        "0 measures nothing: for --direction feedback, --head closed_form, and backpropagations alone", least=0, most=2**20, needs="queries",
-        shown="8; 1 with feedback")
-    epsilon: float = flag(ZO, None, "how far a query moves the weights, in units of z; with feedback, how far it moves the embedding's output, "
-        "in units of its root mean square", above=0, most=1e6, needs="measured", shown="0.001; 0.003 with bfloat16; 0.1 with feedback")
-    direction: str = flag(ZO, None, "family of directions. gaussian: standard ZO, the paper's. rademacher: +-1. lowrank: A B^T on matrices, "
-        "fastest when batched. aligned: A Q^T, Q the leading directions of a layer's inputs. feedback: feedback alignment, the error at the output "
-        "carried to every block; queries learn its way to the embedding", choices=lambda: FAMILIES, needs="queries",
-        shown="gaussian; feedback in Instruct")
-    carry: str = flag(ZO, "branch", "what feedback trains in a block. stream: the matrices that write to the residual stream, without any "
-        "autograd. branch: all of a branch (attention, MLP), by torch.autograd on that branch alone, nothing across branches",
-        choices=("stream", "branch"), needs="feedback")
-    head: str = flag(ZO, "estimated", "gradient of the output layer. estimated: by the queries. closed_form: exact for the output layer (not for "
-        "a tied embedding's input side), from one forward pass, into an AdamW of its own", choices=("estimated", "closed_form"), needs="z")
+    query_budget_q: int = flag(ZO, None, "queries (directions) a step, two forward passes each; with feedback one, "
+        "without the output layer. 0 measures nothing: for --direction feedback, --head closed_form, and "
+        "backpropagations alone", least=0, most=2**20, needs="queries", shown="8; 1 with feedback")
+    epsilon: float = flag(ZO, None, "how far a query moves the weights, in units of z; with feedback, how far it moves "
+        "the embedding's output, in units of its root mean square", above=0, most=1e6, needs="measured",
+        shown="0.001; 0.003 with bfloat16; 0.1 with feedback")
+    direction: str = flag(ZO, None, "family of directions. gaussian: standard ZO, the paper's. rademacher: +-1. "
+        "lowrank: A B^T on matrices, fastest when batched. aligned: A Q^T, Q the leading directions of a layer's "
+        "inputs. feedback: feedback alignment, the error at the output carried to every block; queries learn its way "
+        "to the embedding", choices=lambda: FAMILIES, needs="queries", shown="gaussian; feedback in Instruct")
+    carry: str = flag(ZO, "branch", "what feedback trains in a block. stream: the matrices that write to the residual "
+        "stream, without any autograd. branch: all of a branch (attention, MLP), by torch.autograd on that branch "
+        "alone, nothing across branches. block: by torch.autograd on one block at a time, nothing across blocks; the "
+        "first one's reaches the embedding", choices=("stream", "branch", "block"), needs="feedback")
+    head: str = flag(ZO, "estimated", "gradient of the output layer. estimated: by the queries. closed_form: exact for "
+        "the output layer (not for a tied embedding's input side), from one forward pass, into an AdamW of its own",
+        choices=("estimated", "closed_form"), needs="z")
     rank: int = flag(ZO, 1, "rank r of --direction lowrank or aligned", least=1, most=2**16, needs="ranked")
-    query_data: str = flag(ZO, "shared", "shared: all queries see the step's batch. distinct: each query sees its own share of the rows",
-        choices=("shared", "distinct"), needs="measured z")
+    query_data: str = flag(ZO, "shared", "shared: all queries see the step's batch. distinct: each query sees its own "
+        "share of the rows", choices=("shared", "distinct"), needs="measured z")
     parallel_q_computation: bool = flag(ZO, False, "evaluate several queries in one forward pass", needs="measured")
-    parallel_batch_size: int | str = flag(ZO, 4, "queries in one forward pass, or auto: as many as memory holds", least=1, most=2**20,
-        words=("auto",), free=True, needs="parallel")
-    on_nonfinite: str = flag(ZO, "stop", "a query whose loss is not finite: stop, or skip it (stops when most of a step's queries are gone)",
-        choices=("stop", "skip"), free=True, needs="measured z")
+    parallel_batch_size: int | str = flag(ZO, 4, "queries in one forward pass, or auto: as many as memory holds",
+        least=1, most=2**20, words=("auto",), free=True, needs="parallel")
+    on_nonfinite: str = flag(ZO, "stop", "a query whose loss is not finite: stop, or skip it (stops when most of a "
+        "step's queries are gone)", choices=("stop", "skip"), free=True, needs="measured z")
 
-    bp_interval: int | None = flag(INSTRUCT, None, "steps from one backpropagation to the next", least=1, needs="interval")
-    bp_dataset: str | None = flag(INSTRUCT, None, "text of the backpropagations, as --dataset (default: that of the queries)", needs="interval")
-    bp_max_samples: int | None = flag(INSTRUCT, None, "documents of bp_dataset used (default: as max_samples)", least=1, needs="bp_dataset")
-    guide_cosine: float = flag(INSTRUCT, 0.5, "cosine of Instruct's directions to the last true gradient", above=0, below=1, needs="bent")
+    bp_interval: int | None = flag(INSTRUCT, None, "steps from one backpropagation to the next", least=1,
+        needs="interval")
+    bp_dataset: str | None = flag(INSTRUCT, None, "text of the backpropagations, as --dataset (default: that of the "
+        "queries)", needs="interval")
+    bp_max_samples: int | None = flag(INSTRUCT, None, "documents of bp_dataset used (default: as max_samples)", least=1,
+        needs="bp_dataset")
+    guide_cosine: float = flag(INSTRUCT, 0.5, "cosine of Instruct's directions to the last true gradient", above=0,
+        below=1, needs="bent")
 
-    optimizer: str = flag(OPTIM, None, "sgd (no state), adam (AdamW), or mudamw (Muon on hidden matrices, AdamW elsewhere)", choices=OPTIMIZERS,
+    optimizer: str = flag(OPTIM, None, "sgd (no state), adam (AdamW), or mudamw (Muon on hidden matrices, AdamW "
+        "elsewhere)", choices=OPTIMIZERS,
         shown="sgd in ZO; adam in FO and with feedback; mudamw in Instruct and Calibrate")
     learning_rate: float = flag(OPTIM, None, "step size (peak, with a scheduler)", above=0, most=1e6,
         shown="0.001; 0.003 in Instruct and Calibrate")
-    head_learning_rate: float = flag(OPTIM, 3e-3, "step size of --head closed_form, on the same schedule", above=0, most=1e6, needs="closed_form")
-    guided_learning_rate: float = flag(OPTIM, None, "step size between the backpropagations of Instruct and Calibrate, on the same schedule",
-        above=0, most=1e6, needs="interval", shown="learning_rate")
-    clip_grad_norm: float = flag(OPTIM, 1.0, "largest norm of a backpropagation's gradient (0: no limit)", least=0, most=1e6, needs="backward")
-    max_decrease: float = flag(OPTIM, None, "most nats that a step of sgd on queries may promise, rate times mean square of the projected "
-        "gradients; the rate is lowered to it (0: no limit)", least=0, most=1e6, needs="sgd queries", shown="0; 0.05 with aligned")
+    head_learning_rate: float = flag(OPTIM, 3e-3, "step size of --head closed_form, on the same schedule", above=0,
+        most=1e6, needs="closed_form")
+    guided_learning_rate: float = flag(OPTIM, None, "step size between the backpropagations of Instruct and Calibrate, "
+        "on the same schedule", above=0, most=1e6, needs="interval", shown="learning_rate")
+    clip_grad_norm: float = flag(OPTIM, 1.0, "largest norm of a backpropagation's gradient (0: no limit)", least=0,
+        most=1e6, needs="backward")
+    max_decrease: float = flag(OPTIM, None, "most nats that a step of sgd on queries may promise, rate times mean "
+        "square of the projected gradients; the rate is lowered to it (0: no limit)", least=0, most=1e6,
+        needs="sgd queries", shown="0; 0.05 with aligned")
     epochs: int = flag(OPTIM, 1, "passes over the training tokens", least=1, free=True, needs="flat")
     max_steps: int | None = flag(OPTIM, None, "stop after so many steps (default: epochs decide)", least=1, free=True)
     use_lr_scheduler: bool = flag(OPTIM, False, "linear warm-up, then cosine to min_lr (in each stage of layerwise)")
     warmup_steps: int = flag(OPTIM, 0, "steps of warm-up", least=0, needs="schedule")
-    min_lr: float = flag(OPTIM, 0.0, "learning_rate at the last step of the schedule; other rates fall by the same factor", least=0, most=1e6,
-        needs="schedule")
-    weight_decay: float = flag(OPTIM, 0.0, "decoupled weight decay, per unit of learning rate; not for vectors", least=0, most=1e6)
+    min_lr: float = flag(OPTIM, 0.0, "learning_rate at the last step of the schedule; other rates fall by the same "
+        "factor", least=0, most=1e6, needs="schedule")
+    weight_decay: float = flag(OPTIM, 0.0, "decoupled weight decay, per unit of learning rate; not for vectors",
+        least=0, most=1e6)
 
-    stage_epochs: str = flag(LAYERS, "2,1", "epochs of each stage, the embedding's first; the last number holds for all that follow",
-        needs="layerwise epochs")
+    stage_epochs: str = flag(LAYERS, "2,1", "epochs of each stage, the embedding's first; the last number holds for "
+        "all that follow", needs="layerwise epochs")
     stage_steps: str | None = flag(LAYERS, None, "the same in steps, in place of epochs", needs="layerwise")
-    stage_learning_rates: str | None = flag(LAYERS, None, "learning rate of each stage (default: learning_rate)", needs="layerwise")
-    embedding_optimizer: str | None = flag(LAYERS, None, "optimizer of the first stage, which is always backpropagation (default: optimizer)",
-        choices=OPTIMIZERS, needs="layerwise")
+    stage_learning_rates: str | None = flag(LAYERS, None, "learning rate of each stage (default: learning_rate)",
+        needs="layerwise")
+    embedding_optimizer: str | None = flag(LAYERS, None, "optimizer of the first stage, which is always "
+        "backpropagation (default: optimizer)", choices=OPTIMIZERS, needs="layerwise")
 
-    eval_interval: int = flag(EVAL, 100, "steps between validations (first and last step, and the end of a stage, always)", least=1, free=True)
+    eval_interval: int = flag(EVAL, 100, "steps between validations (first and last step, and the end of a stage, "
+        "always)", least=1, free=True)
     eval_samples: int = flag(EVAL, 64, "validation sequences used (fewer if there are fewer)", least=1, most=10**7)
     prompt: str | None = flag(EVAL, None, "text that the model continues at the end of a run, into the log", free=True)
-    sample_interval: int | None = flag(EVAL, None, "steps between such samples (default: at the end alone)", least=1, free=True, needs="prompt")
-    tensorboard: bool = flag(EVAL, False, "TensorBoard events in the run directory (pip install tensorboard)", free=True)
-    track: str | None = flag(EVAL, None, "send the metrics to a tracker too, if its package is installed", choices=("wandb", "trackio"), free=True)
+    sample_interval: int | None = flag(EVAL, None, "steps between such samples (default: at the end alone)", least=1,
+        free=True, needs="prompt")
+    tensorboard: bool = flag(EVAL, False, "TensorBoard events in the run directory (pip install tensorboard)",
+        free=True)
+    track: str | None = flag(EVAL, None, "send the metrics to a tracker too, if its package is installed",
+        choices=("wandb", "trackio"), free=True)
 
-    save_interval: int = flag(KEEP, 500, "steps between checkpoints (there is always one at the end)", least=1, free=True)
-    keep_checkpoints: int = flag(KEEP, 2, "newest checkpoints that are kept, beside that of the lowest validation loss", least=1, free=True)
-    export_dir: str | None = flag(KEEP, None, "new folder for the trained model at the end: a Hugging Face model with a card of the run", free=True)
-    export_best: bool = flag(KEEP, False, "export the checkpoint of the lowest validation loss, not the last", free=True, needs="export")
-    resume: str | None = flag(KEEP, None, "go on with a run: its directory, or auto for the newest unfinished one in log_dir", action=True)
-    replay: str | None = flag(KEEP, None, "rebuild a run's model from its seed and journal, and check it against the run's own", action=True)
-    replay_step: int | None = flag(KEEP, None, "the step to rebuild (default: the last in the journal)", least=0, needs="replay", action=True)
-    compare: list | None = flag(KEEP, None, "run directories, or folders of them: a table of them, finished or not, with the flags they differ "
-        "in, and compare.png in log_dir", nargs="+", action=True)
+    save_interval: int = flag(KEEP, 500, "steps between checkpoints (there is always one at the end)", least=1,
+        free=True)
+    keep_checkpoints: int = flag(KEEP, 2, "newest checkpoints that are kept, beside that of the lowest validation loss",
+        least=1, free=True)
+    export_dir: str | None = flag(KEEP, None, "new folder for the trained model at the end: a Hugging Face model with "
+        "a card of the run", free=True)
+    export_best: bool = flag(KEEP, False, "export the checkpoint of the lowest validation loss, not the last",
+        free=True, needs="export")
+    resume: str | None = flag(KEEP, None, "go on with a run: its directory, or auto for the newest unfinished one in "
+        "log_dir", action=True)
+    replay: str | None = flag(KEEP, None, "rebuild a run's model from its seed and journal, and check it against the "
+        "run's own", action=True)
+    replay_step: int | None = flag(KEEP, None, "the step to rebuild (default: the last in the journal)", least=0,
+        needs="replay", action=True)
+    compare: list | None = flag(KEEP, None, "run directories, or folders of them: a table of them, finished or not, "
+        "with the flags they differ in, and compare.png in log_dir", nargs="+", action=True)
 
     device: str = flag(SYSTEM, "auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag(SYSTEM, "float32", "dtype of computation; weights are always float32", choices=tuple(EPSILON))
-    num_threads: int | None = flag(SYSTEM, None, "CPU threads of a process (default: all cores, divided evenly under torchrun)", least=1,
-        most=4096, free=True)
-    sync_check_interval: int = flag(SYSTEM, 50, "torchrun: steps between checks that ranks have the same weights", least=1, free=True)
-    rank_timeout: float = flag(SYSTEM, 600.0, "torchrun: seconds that a rank waits for the others in a step; more than a validation and a "
-        "checkpoint take", above=0, most=1e6, free=True)
+    num_threads: int | None = flag(SYSTEM, None, "CPU threads of a process (default: all cores, divided evenly under "
+        "torchrun)", least=1, most=4096, free=True)
+    sync_check_interval: int = flag(SYSTEM, 50, "torchrun: steps between checks that ranks have the same weights",
+        least=1, free=True)
+    rank_timeout: float = flag(SYSTEM, 600.0, "torchrun: seconds that a rank waits for the others in a step; more than "
+        "a validation and a checkpoint take", above=0, most=1e6, free=True)
     # fmt: on
 
     def __post_init__(self):
@@ -391,7 +427,7 @@ class Config:
         """Return the defaults that follow from other flags: the mode's, then the direction family's."""
         mode = MODES.get(self.mode, MODES["ZO"])
         direction = self.direction or mode.defaults.get("direction", "gaussian")
-        own = FAMILIES[direction].defaults if mode.queries and direction in FAMILIES else {}
+        own = FAMILIES[direction].defaults(self) if mode.queries and direction in FAMILIES else {}
         plain = {"query_budget_q": 8, "epsilon": EPSILON.get(self.dtype, 1e-3), "max_decrease": 0.0}
         defaults = plain | {"optimizer": "sgd", "learning_rate": 1e-3} | own | mode.defaults | {"direction": direction}
         return defaults | {"guided_learning_rate": self.learning_rate or defaults["learning_rate"]}
@@ -569,14 +605,18 @@ def build_parser() -> Parser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(f.metadata["group"] for f in FIELDS.values())}
+    groups = {
+        name: parser.add_argument_group(name) for name in dict.fromkeys(f.metadata["group"] for f in FIELDS.values())
+    }
     for field in FIELDS.values():
         about, shown = field.metadata, field.metadata.get("shown", field.default)
         text = about["help"] + (f" (default: {shown})" if shown not in (None, False) else "")
         how = {"action": "store_true"}
         if field.type != "bool":
             kinds = {"int": "N", "float": "X"} | {"list": "RUN"}
-            metavar = "|".join((*choices_of(field), *about.get("words", ()))) or kinds.get(field.type.split()[0], "TEXT")
+            metavar = "|".join((*choices_of(field), *about.get("words", ()))) or kinds.get(
+                field.type.split()[0], "TEXT"
+            )
             metavar = f"N|{metavar}" if "words" in about else metavar
             how = {"type": reader(field), "metavar": metavar} | ({"nargs": about["nargs"]} if "nargs" in about else {})
         groups[about["group"]].add_argument(f"--{field.name}", help=text.replace("%", "%%"), **how)
@@ -629,6 +669,8 @@ def value_faults(config: Config) -> list[str]:
          "--direction feedback or --head closed_form, which know something without queries, or where backpropagations are to be alone"),
         (c.query_data == "shared" or not c.measures or c.batch_size % q == 0, f"--query_data distinct: --batch_size {c.batch_size} can't be divided "
          f"evenly among --query_budget_q {q} queries; make it a multiple"),
+        (not own.queries or FAMILIES[c.direction].perturbs_weights or c.carry != "block" or q == 0, f"--query_budget_q {q}: has no effect with "
+         "--carry block, whose first block takes the error to the embedding"),
         (not own.queries or FAMILIES[c.direction].optimizers is None or c.optimizer in FAMILIES[c.direction].optimizers, f"--optimizer {c.optimizer}: "
          f"not for --direction {c.direction}: Muon would amplify rounding in the null space of a rank-q estimate; take sgd or adam"),
         (c.min_lr <= c.learning_rate, f"--min_lr {c.min_lr:g}: must be from 0 to the learning rate"),
@@ -664,7 +706,9 @@ def action_faults(config: Config, given: set[str]) -> list[str]:
         beside = given - {action} - ALWAYS - BESIDE.get(action, given) - {"dry_run"}
         if action == "resume" and config.resume != "auto":
             beside = given & {"log_dir"}
-        faults += [f"--{name}: has no effect beside --{action}, whose flags are the run's own" for name in sorted(beside)]
+        faults += [
+            f"--{name}: has no effect beside --{action}, whose flags are the run's own" for name in sorted(beside)
+        ]
     if config.replay_step is not None and config.replay is None:
         faults.append("--replay_step: has no effect without --replay")
     for path in config.compare or []:
@@ -681,7 +725,9 @@ def action_faults(config: Config, given: set[str]) -> list[str]:
 def useless_flags(config: Config, given: set[str]) -> list[str]:
     """Return a line for every given flag that would silently do nothing."""
     needs = {name: NEEDS[FIELDS[name].metadata["needs"]] for name in given if "needs" in FIELDS[name].metadata}
-    return [f"--{name}: has no effect without {words}" for name, (used, words) in sorted(needs.items()) if not used(config)]
+    return [
+        f"--{name}: has no effect without {words}" for name, (used, words) in sorted(needs.items()) if not used(config)
+    ]
 
 
 def validate(config: Config, given: set[str], faulty: set[str]) -> list[str]:
@@ -725,7 +771,9 @@ def dataset_faults(source: Source) -> list[str]:
         return []
     known = ["embedded", *HUB_DATASETS]
     hint = f"known: {', '.join(known)}"
-    return [f"{named}: neither a file, nor a hub id (OWNER/NAME), nor a known data set{nearest(dataset, known)}; {hint}"]
+    return [
+        f"{named}: neither a file, nor a hub id (OWNER/NAME), nor a known data set{nearest(dataset, known)}; {hint}"
+    ]
 
 
 def numbers(text: str, kind: type) -> list:
@@ -1223,10 +1271,14 @@ class HeadTiles:
         _, first, last = slab
         for lo in range(first, last, self.tile):
             rows = slice(lo, min(last, lo + self.tile))
-            low = [None if self.low is None else (self.low[0][g], self.low[1][g // 2, rows]) for g in range(self.groups)]
+            low = [
+                None if self.low is None else (self.low[0][g], self.low[1][g // 2, rows]) for g in range(self.groups)
+            ]
             yield rows, [(g, self.head.weight[rows], low[g]) for g in range(self.groups)]
 
-    def tiles(self, slab: tuple[int, int, int], h: torch.Tensor, targets: torch.Tensor, workers: Workers) -> Iterator[Tile]:
+    def tiles(
+        self, slab: tuple[int, int, int], h: torch.Tensor, targets: torch.Tensor, workers: Workers
+    ) -> Iterator[Tile]:
         """Yield every tile of a slab; h [G, S, n], targets int64 [G, S]. The logits are scratch of this thread."""
         step = TILE_TOKENS * self.scale
         for rows, entries in self.weights(slab):
@@ -1279,12 +1331,13 @@ def token_losses(h: torch.Tensor, targets: torch.Tensor, head: HeadTiles, worker
 
 class OutputError(NamedTuple):
     """What the logits of a forward pass say without backpropagation: the mean loss of N tokens, and two products of its
-    gradient in the logits, delta = (p - y) / N [S, V]: `weight` = delta^T h [V, n], the exact gradient of the output
-    layer, and `back` = delta W [S, n], that of h.
+    gradient in the logits, delta = (p - y) / N [S, V]: `weight` = delta^T h [V, n] and `bias` = delta^T 1 [V], the exact
+    gradient of the output layer, and `back` = delta W [S, n], that of h.
     """
 
     loss: float
     weight: torch.Tensor
+    bias: torch.Tensor
     back: torch.Tensor | None
 
 
@@ -1296,6 +1349,7 @@ def output_error(h: torch.Tensor, targets: torch.Tensor, back: bool, head: HeadT
     """
     dtype = head.head.weight.dtype
     weight = torch.zeros_like(head.head.weight, requires_grad=False)
+    bias = weight.new_zeros(len(weight))
     total = torch.zeros(h[0].shape, dtype=dtype, device=h.device) if back else None
     parts = [torch.zeros_like(total) for _ in range(workers.count)] if back else []
     normalizer, picked = log_normalizers(h, targets, head, workers)
@@ -1311,6 +1365,7 @@ def output_error(h: torch.Tensor, targets: torch.Tensor, back: bool, head: HeadT
             delta[tile.inside, tile.local[tile.inside]] -= 1.0
             delta = delta.mul_(share[tile.span, None]).to(dtype)
             weight[tile.rows].addmm_(delta.T, x[tile.span])
+            bias[tile.rows] += delta.sum(0)
             if part is not None:
                 part[tile.span].addmm_(delta, tile.weight.to(dtype))
 
@@ -1320,7 +1375,7 @@ def output_error(h: torch.Tensor, targets: torch.Tensor, back: bool, head: HeadT
         for part in parts:
             total.add_(part)
             part.zero_()
-    return OutputError(loss, weight, total)
+    return OutputError(loss, weight, bias, total)
 
 
 def next_tokens(labels: torch.Tensor, groups: int) -> torch.Tensor:
@@ -1353,7 +1408,11 @@ class Objective:
 
     def _head_is_plain(self) -> bool:
         """Return whether the model's logits are head(hidden) and nothing else, tried with a head that gives large logits."""
-        if type(self.head) is not torch.nn.Linear or "forward" in self.head.__dict__ or self.model.base_model is self.model:
+        if (
+            type(self.head) is not torch.nn.Linear
+            or "forward" in self.head.__dict__
+            or self.model.base_model is self.model
+        ):
             return False
         probe = torch.arange(4, device=self.device)[None] % self.head.weight.shape[0]
 
@@ -1413,7 +1472,9 @@ class Objective:
         logits = logits[:, :-1].reshape(groups, -1, logits.shape[-1])
         targets = next_tokens(labels, groups)
         loss_fn = self.loss_fn or torch.nn.functional.cross_entropy
-        return torch.stack([loss_fn(full_precision(logits[g]), targets[g]).to(wide(self.device)) for g in range(groups)])
+        return torch.stack(
+            [loss_fn(full_precision(logits[g]), targets[g]).to(wide(self.device)) for g in range(groups)]
+        )
 
     def error(self, hidden: torch.Tensor, labels: torch.Tensor, back: bool) -> OutputError:
         """Return `output_error` at the last hidden states [R, T, n] of labels int64 [R, T]."""
@@ -1460,11 +1521,11 @@ class Objective:
 
                 def call(value: torch.Tensor) -> torch.Tensor:
                     out = own(value, *args, **kwargs)
-                    y, *rest[:] = out if isinstance(out, tuple) else (out, None)
-                    return y
+                    rest[:] = [out[1:] if isinstance(out, tuple) else None]
+                    return out if rest == [None] else out[0]
 
                 y = forwards[at](x, call)
-                return y if rest == [None] else (y, *rest)
+                return y if rest == [None] else (y, *rest[0])
 
             return forward
 
@@ -1475,6 +1536,19 @@ class Objective:
         finally:
             for at in forwards:
                 blocks[at].__dict__.pop("forward", None)
+
+    def hidden_through(self, input_ids: torch.Tensor, bottom: Callable, top: Callable) -> torch.Tensor:
+        """Return the last hidden states of a pass in which bottom(h0) takes the place of the first block's input h0, and
+        top(h) that of the last block's output h.
+        """
+        last = len(decoder_blocks(self.model)) - 1
+
+        def first(x: torch.Tensor, call: Callable) -> torch.Tensor:
+            y = call(bottom(x))
+            return top(y) if last == 0 else y
+
+        with self.blocks_replaced({last: lambda x, call: top(call(x)), 0: first}):
+            return self.hidden(input_ids)
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -1545,7 +1619,6 @@ class Bent:
 class Gaussian:
     """Standard normal entries, E[z z^T] = I: the paper's, MeZO's (Malladi et al. 2023); and the base of other families."""
 
-    defaults: ClassVar[dict] = {}  # of flags, where this family wants others
     optimizers: ClassVar[tuple | None] = None  # those that it works with; None: all
     perturbs_weights = True
     ranked = False  # whether --rank has an effect
@@ -1553,6 +1626,11 @@ class Gaussian:
     gain = 1.0  # the largest eigenvalue of E[z z^T], which estimates are divided by
     largest = 6.0  # a bound of |z|: float32 normals stay below 5.8
     fill = staticmethod(fill_normal)
+
+    @staticmethod
+    def defaults(config: Config) -> dict:
+        """Return the defaults of flags, where this family wants others."""
+        return {}
 
     def __init__(self, rank: int = 1):
         self.rank = rank
@@ -1624,13 +1702,17 @@ class Aligned(Gaussian):
     The gradient of y = x W^T is sum_t delta_t x_t^T: its rows lie in the span of the inputs, which any forward pass
     shows. On a matrix with a basis Q [columns, k] (orthonormal, the leading directions of its inputs) z = D A Q^T with
     A [rows, k] standard normal and D = diag(row_scale) where rows have one (tokens of an embedding), else 1, so
-    E[z z^T] = D^2 (x) Q Q^T: steepest descent in a subspace of rows * k dimensions. What has no basis is Gaussian.
+    E[z z^T] = D^2 (x) Q Q^T: steepest descent in a subspace of rows * k dimensions, under that metric (its gain is left
+    at 1). What has no basis is Gaussian.
     """
 
-    defaults: ClassVar[dict] = {"max_decrease": 0.05}  # its estimates are longer than any fixed rate is good for
     optimizers = ("sgd", "adam")
     ranked = True
     passes = 1
+
+    @staticmethod
+    def defaults(config: Config) -> dict:
+        return {"max_decrease": 0.05}  # its estimates are longer than any fixed rate is good for
 
     def __init__(self, rank: int = 1, bases: dict | None = None, row_scale: dict[int, torch.Tensor] | None = None):
         self.rank, self.bases, self.row_scale = rank, bases or {}, row_scale or {}
@@ -1685,7 +1767,9 @@ class Aligned(Gaussian):
         return Factored(left, basis, tensor)
 
     def square(self, tensor: Tensor) -> float:
-        return float(tensor.rows * self.bases[tensor.index].shape[1] if self.low_rank(tensor) else tensor.parameter.numel())
+        return float(
+            tensor.rows * self.bases[tensor.index].shape[1] if self.low_rank(tensor) else tensor.parameter.numel()
+        )
 
     def about(self, q: int, dimension: int) -> str:
         return f"directions: {self.rank} of every matrix' input directions, from each step's batch"
@@ -1709,16 +1793,17 @@ def leading_directions(x: torch.Tensor, rank: int, seed: int, index: int) -> tor
 class Guided:
     """A family bent towards a gradient seen before (guided evolutionary strategies, Maheswaranathan et al. 2019).
 
-    rho sqrt(d) g + sqrt(1 - rho^2) z for the gradient's unit vector g (one matrix [rows, columns] a tensor):
-    cosine rho with g (to 1/sqrt(d)), and E||z||^2 = d kept. E[z z^T] = (1 - rho^2) I + rho^2 d g g^T, whose largest
-    eigenvalue is the gain: along the guide the estimate is the gradient's own component, across it, less.
+    rho sqrt(d) g + sqrt(1 - rho^2) z for the gradient's unit vector g (one matrix [rows, columns] a tensor) and
+    d = E||z||^2, which is kept: cosine rho with g (to 1/sqrt(d)). Where z is isotropic, E[z z^T] becomes
+    (1 - rho^2) I + rho^2 d g g^T, whose largest eigenvalue is the gain: along the guide the estimate is the gradient's own
+    component, across it, less.
     """
 
-    def __init__(self, base: Gaussian, guide: dict[int, torch.Tensor], cosine: float):
+    def __init__(self, base: Gaussian, tensors: list[Tensor], guide: dict[int, torch.Tensor], cosine: float):
         """`guide` is a gradient of any norm, by the tensors' indices."""
         self.base, self.guide = base, guide
-        length = math.sqrt(cosine**2 * sum(part.numel() for part in guide.values()))  # of the part along the guide
-        norm = math.hypot(*(torch.linalg.vector_norm(part, dtype=wide(part.device)).item() for part in guide.values()))
+        length = cosine * math.sqrt(sum(base.square(tensor) for tensor in tensors))  # of the part along the guide
+        norm = math.hypot(*(torch.linalg.vector_norm(g, dtype=wide(g.device)).item() for g in guide.values()))
         self.along, self.across = length / norm, math.sqrt(1 - cosine**2)
         self.gain = max(1.0, length**2 + self.across**2)
         steepest = max(part.abs().max().item() for part in guide.values())
@@ -1897,27 +1982,20 @@ class DenseHead(HeadTiles):
             yield self.tensor.span(block), [(2 * query + sign, weight, None) for sign, weight in enumerate(pair)]
 
 
-class Batched:
-    """One forward pass of [queries, 2 signs, rows] sequences through theta +- epsilon z_i; the weights are not written.
+class Perturbed:
+    """The modules of a pass of [queries, 2 signs, rows] sequences, each group of rows through its own theta +- epsilon z_i.
 
-    While `installed`, every module that owns trainable parameters takes each group of rows through its own perturbed
-    parameters: linear layers and embeddings a block of z at a time (drawn once for both signs) or through low-rank
-    factors, any other module by `torch.func.functional_call`, group by group. What can't be followed raises CannotBatch,
-    and the caller evaluates in place instead.
+    Linear layers and embeddings take a block of z at a time (drawn once for both signs) or low-rank factors, any other
+    module `torch.func.functional_call`, group by group. The weights are not written.
     """
 
-    def __init__(self, objective: Objective, tensors: list[Tensor], queries: Queries, chosen: Sequence[int], rows: int, tokens: int):
-        self.objective, self.workers, self.tensors = objective, objective.workers, tensors
+    def __init__(self, objective: Objective, tensors: list[Tensor], queries: Queries, chosen, rows: int, tokens: int):
+        self.objective, self.workers = objective, objective.workers
         self.epsilon, self.count, self.rows, self.tokens = queries.epsilon, len(chosen), rows, tokens
         self.family = queries.family
         self.owned = {id(tensor.parameter): tensor for tensor in tensors}
         self.directions = [queries.directions(query, tensors) for query in chosen]
-        self.called: set[int] = set()
-        self.hidden: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
-        self.untouchable = untouchable_tensor()
         self.plus_minus = torch.tensor([1.0, -1.0], device=objective.device)
-
-    # ---- what a perturbed parameter is -----------------------------------------------------------------------------
 
     def block_pair(self, query: int, tensor: Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return W + epsilon z and W - epsilon z of one block, [rows, columns] each, in this worker's scratch."""
@@ -1963,8 +2041,6 @@ class Batched:
         A product a group, since a batched one may round differently with the number of queries in it.
         """
         return torch.stack([torch.stack([piece @ factor for piece in both]) for both, factor in zip(x, factors)])
-
-    # ---- the forwards of modules -----------------------------------------------------------------------------------
 
     def grouped(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [N, T, ..., n] or [N*T, n] as [queries, 2, everything of a group, n]."""
@@ -2073,7 +2149,17 @@ class Batched:
                 outputs.append(out.expand(self.rows, *out.shape[1:]) if out.shape[0] == 1 else out)
         return torch.cat(outputs)
 
-    # ---- the pass --------------------------------------------------------------------------------------------------
+
+class Batched(Perturbed):
+    """One forward pass through theta +- epsilon z_i: while `installed`, every module that owns trainable parameters is
+    replaced. What can't be followed raises CannotBatch, and the caller evaluates in place instead.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.called: set[int] = set()
+        self.hidden: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
+        self.untouchable = untouchable_tensor()
 
     def _forward_of(self, module: torch.nn.Module) -> Callable:
         """Return the method that stands in for this module's forward."""
@@ -2240,11 +2326,15 @@ def add_directions(
         workers.each(dense, items)
 
 
-def check_call(model, tensors: list[Tensor], inputs, labels, numbers_: dict[str, tuple[float, float]], choices: dict) -> None:
+def check_call(model, tensors: list[Tensor], inputs, labels, values: dict, choices: dict) -> None:
     """Raise ValueError, in one line, for arguments of the library function that can't be used."""
-    for name, (value, least) in numbers_.items():
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and (value >= least > 0 or value > least == 0)):
-            raise ValueError(f"{name}={value!r} must be {f'at least {least}' if least else 'above 0'} and finite")
+    for name, value in values.items():
+        whole = name != "epsilon"
+        kind = isinstance(value, (int, np.integer)) if whole else isinstance(value, (int, float, np.number))
+        if not kind or not (1 if whole else 0) <= value <= 1e6 or value == 0:
+            raise ValueError(
+                f"{name}={value!r} must be {'a whole number from 1' if whole else 'above 0 and up'} to 1e6"
+            )
     for name, (value, known) in choices.items():
         if value not in known:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
@@ -2254,13 +2344,15 @@ def check_call(model, tensors: list[Tensor], inputs, labels, numbers_: dict[str,
     if odd := [tensor.name for tensor in tensors if id(tensor.parameter) not in own]:
         raise ValueError(f"{odd[0]} is not a parameter of this model")
     if inputs.ndim != 2 or inputs.shape != labels.shape or inputs.shape[1] < 2:
-        raise ValueError(f"inputs {list(inputs.shape)} and labels {list(labels.shape)} must both be [rows, T], T at least 2")
+        raise ValueError(f"inputs {list(inputs.shape)} and labels {list(labels.shape)} must be [rows, T], T at least 2")
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    counted = labels[:, 1:] != IGNORE_INDEX
-    if not counted.any():
+    for name, ids in {"inputs": inputs, "labels": labels[labels != IGNORE_INDEX]}.items():
+        if ids.is_floating_point() or bool(((ids < 0) | (ids >= vocabulary)).any()):
+            raise ValueError(
+                f"{name} must be whole numbers in [0, {vocabulary}), labels that are left out {IGNORE_INDEX}"
+            )
+    if not (labels[:, 1:] != IGNORE_INDEX).any():
         raise ValueError(f"labels are all {IGNORE_INDEX}: there is nothing to predict")
-    if bool(((labels < 0) | (labels >= vocabulary))[labels != IGNORE_INDEX].any()):
-        raise ValueError(f"labels must lie in [0, {vocabulary}) or be {IGNORE_INDEX}")
 
 
 def zo_gradient_estimator(
@@ -2306,10 +2398,10 @@ def zo_gradient_estimator(
     """
     named = [pair if isinstance(pair, tuple) else (f"parameter {i}", pair) for i, pair in enumerate(trainable_params)]
     tensors = trainable_tensors(named)
-    least = {"q": (q, 1), "epsilon": (epsilon, 0), "parallel_batch_size": (parallel_batch_size, 1), "rank": (rank, 1)}
+    values = {"q": q, "epsilon": epsilon, "parallel_batch_size": parallel_batch_size, "rank": rank}
     known = {"gaussian": Gaussian, "rademacher": Rademacher, "lowrank": LowRank}
     choices = {"direction": (direction, known), "query_data": (query_data, ("shared", "distinct"))}
-    check_call(model, tensors, inputs, labels, least, choices)
+    check_call(model, tensors, inputs, labels, values, choices)
     if query_data == "distinct" and len(inputs) % q:
         raise ValueError(f"{len(inputs)} rows can't be divided evenly among {q} queries")
     device = torch.device(device)
@@ -2493,7 +2585,9 @@ def finite(step: int, **values: float) -> None:
     """Raise NonFiniteError, which names it, where a value is not finite."""
     for name, value in values.items():
         if not math.isfinite(value):
-            raise NonFiniteError(f"step {step}: the {name.replace('_', ' ')} is {value:g}; nothing was updated; {LOWER_RATE}")
+            raise NonFiniteError(
+                f"step {step}: the {name.replace('_', ' ')} is {value:g}; nothing was updated; {LOWER_RATE}"
+            )
 
 
 class Rule:
@@ -2616,7 +2710,7 @@ class QueryRule(Rule):
 
     def bent(self, family: Gaussian) -> Gaussian | Guided:
         """Return the family as the last gradient guides it."""
-        return family if self.guide is None else Guided(family, self.guide, self.config.guide_cosine)
+        return family if self.guide is None else Guided(family, self.tensors, self.guide, self.config.guide_cosine)
 
     def see(self, step: int) -> Queries:
         config = self.config
@@ -2654,7 +2748,9 @@ class QueryRule(Rule):
         chosen, heed = setting.ranks.share(queries.q), setting.ranks.stop.heed
         while True:
             try:
-                return query_losses(setting.objective, self.tensors, batch, queries, self.group, self.grid, chosen, heed)
+                return query_losses(
+                    setting.objective, self.tensors, batch, queries, self.group, self.grid, chosen, heed
+                )
             except (RuntimeError, MemoryError) as failure:
                 if not is_out_of_memory(failure) or self.group == 0:
                     raise
@@ -2774,7 +2870,7 @@ class ClosedFormHead(Rule):
             self.guide_to_gradient = self.inner.guide_to_gradient
 
 
-RESIDUAL_WRITERS = ("o_proj", "down_proj", "out_proj", "fc2", "dense", "dense_4h_to_h", "c_proj", "proj", "w2")
+RESIDUAL_WRITERS = ("o_proj", "down_proj", "out_proj", "fc2", "dense", "dense_4h_to_h", "c_proj", "fc_out")
 
 
 class Look(NamedTuple):
@@ -2784,8 +2880,26 @@ class Look(NamedTuple):
 
     loss: float
     e: torch.Tensor
+    h0: torch.Tensor
     gradients: dict[int, torch.Tensor]
+    entry: dict[int, torch.Tensor]
     moments: tuple[torch.Tensor, torch.Tensor] | None
+
+
+def node_noise(seed: int, step: int, query: int, like: torch.Tensor) -> torch.Tensor:
+    """Return the noise xi of one query at the embedding's output, standard normal, of the shape [R, T, d] of `like`."""
+    generator = stream(like.device, seed, PURPOSE_DIRECTION, step, query)
+    return torch.empty_like(like).normal_(generator=generator)
+
+
+def perturbed_top(objective: Objective, ids: torch.Tensor, shifts: list[torch.Tensor]) -> torch.Tensor:
+    """Return the top of the stream [queries * R, T, d] where the embedding's output is moved by each shift [R, T, d]."""
+    shift, tops = torch.cat(shifts), []
+    with torch.no_grad(), objective.quiet():
+        objective.hidden_through(
+            ids.repeat(len(shifts), 1), lambda x: x + shift.to(x.dtype), lambda x: tops.append(x) or x
+        )
+    return tops[0]
 
 
 class Feedback(Rule):
@@ -2807,50 +2921,50 @@ class Feedback(Rule):
     delta0 = e. A block's gradients are applied and freed before the next block's are made.
     """
 
-    defaults: ClassVar[dict] = {"query_budget_q": 1, "optimizer": "adam", "epsilon": 0.1}
     optimizers = None
     perturbs_weights = False
     ranked = False
     BETA, RIDGE = 0.95, 1e-3
+
+    @staticmethod
+    def defaults(config: Config) -> dict:
+        """Return the defaults of flags: a query a step, but where the error reaches the embedding by itself."""
+        return {"query_budget_q": int(config.carry != "block"), "optimizer": "adam", "epsilon": 0.1}
 
     def __init__(self, setting: Setting, group: int):
         super().__init__(setting, setting.tensors)
         objective, config = setting.objective, setting.config
         self.blocks, self.group, self.moments = decoder_blocks(objective.model), max(1, group), None
         at = {id(p): number for number, block in enumerate(self.blocks) for p in block.parameters()}
-        writers = [m for block in self.blocks for name, m in block.named_modules() if name.rpartition(".")[2] in RESIDUAL_WRITERS]
-        self.writers = {id(m.weight): m for m in writers if hasattr(m, "weight")} if config.carry == "stream" else None
-        inner = [t for t in self.tensors if id(t.parameter) in at]
-        if self.writers is not None:
-            inner = [t for t in inner if id(t.parameter) in self.writers]
+        named = [(name.rpartition(".")[2], m) for block in self.blocks for name, m in block.named_modules()]
+        self.writers = {id(m.weight): m for name, m in named if name in RESIDUAL_WRITERS and hasattr(m, "weight")}
+        self.local, stream_alone = config.carry == "block", config.carry == "stream"
+        self.carry = self._products if stream_alone else self._autograd
+        inner = [t for t in self.tensors if id(t.parameter) in (self.writers if stream_alone else at)]
         self.inner = {number: [t for t in inner if at[id(t.parameter)] == number] for number in range(len(self.blocks))}
-        bias = objective.head.bias
-        self.outer = [t for t in self.tensors if id(t.parameter) not in at and t.parameter is not bias]
-        self.probes = config.query_budget_q if self.outer else 0
+        self.outer = [t for t in self.tensors if id(t.parameter) not in at]
+        # a tied embedding's two gradients, as output layer and as embedding, are too different to share moments
+        tied = [
+            t for t in self.outer if t is setting.head and t.parameter is objective.model.get_input_embeddings().weight
+        ]
+        self.entry = Optimizer(setting.optimizer.name, tied, objective.workers, 0.0, {id(t.parameter) for t in tied})
+        embeddings = [m for m in objective.model.modules() if isinstance(m, torch.nn.Embedding)]
+        self.reaches = bool({id(t.parameter) for t in self.outer} & {id(p) for m in embeddings for p in m.parameters()})
+        self.probes = config.query_budget_q if self.reaches else 0
+        # the pass, blocks again with the products of a branch or of writers; at the head as many; upper bounds of their cost
         self.learning_passes = 2.0 + self.probes
-        self.passes = (3.0 if self.writers is not None else 4.0) + self.probes
+        self.passes = (3.0 if stream_alone else 4.0) + self.probes
 
     @property
     def trained(self) -> list[Tensor]:
         return [*self.outer, *itertools.chain(*self.inner.values())]
 
-    # ---- what the batch shows --------------------------------------------------------------------------------------
-
-    def _pass(self, ids: torch.Tensor, bottom: Callable, top: Callable) -> torch.Tensor:
-        """Return the last hidden states of a pass in which bottom(h0) takes the place of h0, and top(h) that of h at the top."""
-        last = len(self.blocks) - 1
-
-        def first(x: torch.Tensor, call: Callable) -> torch.Tensor:
-            y = call(bottom(x))
-            return top(y) if last == 0 else y
-
-        with self.setting.objective.blocks_replaced({last: lambda x, call: top(call(x)), 0: first}):
-            return self.setting.objective.hidden(ids)
-
     def see(self, step: int) -> Look:
         objective, ids, seen = self.setting.objective, self.setting.batch(step), {}
 
-        def bottom(x: torch.Tensor) -> torch.Tensor:  # the embedding is recorded, and what follows the blocks; no block is
+        def bottom(
+            x: torch.Tensor,
+        ) -> torch.Tensor:  # the embedding is recorded, and what follows the blocks; no block is
             seen["h0"] = x
             torch.set_grad_enabled(False)
             return x.detach()
@@ -2861,53 +2975,47 @@ class Feedback(Rule):
             return seen["top"]
 
         with torch.enable_grad(), objective.quiet():
-            hidden = self._pass(ids, bottom, top)
+            hidden = objective.hidden_through(ids, bottom, top)
         error = objective.error(hidden.detach(), ids, back=True)
         back = torch.zeros_like(hidden)
         back[:, :-1] = error.back.view(len(ids), -1, back.shape[-1])
         parameters = [tensor.parameter for tensor in self.outer]
         e, *tail = torch.autograd.grad(hidden, [seen["top"], *parameters], back, allow_unused=True)
         gradients = {t.index: g for t, g in zip(self.outer, tail) if g is not None}
-        if self.setting.head in self.outer:
-            gradients[self.setting.head.index] = error.weight
-        moments, e = self.moments, e.float()
-        if seen["h0"].requires_grad:
-            delta0, r = e, seen["h0"].detach().float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+        exact = {id(objective.head.weight): error.weight, id(objective.head.bias): error.bias}
+        gradients |= {t.index: exact[id(t.parameter)] for t in self.outer if id(t.parameter) in exact}
+        h0, e, moments, entry = seen["h0"], e.float(), self.moments, {}
+        if self.reaches and not self.local:
+            delta0, r = e, h0.detach().float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
             if self.probes:
                 moments = self._regress(step, ids, r, seen["top"].detach().float())
                 delta0 = e @ self._jacobian(*moments).T / r
-            entry = torch.autograd.grad(seen["h0"], parameters, delta0.to(seen["h0"].dtype), allow_unused=True)
-            for tensor, gradient in zip(self.outer, entry):
-                if gradient is not None:
-                    gradients[tensor.index] = gradients[tensor.index] + gradient if tensor.index in gradients else gradient
-        return Look(error.loss, e, gradients, moments)
+            entry = self._entry(h0, delta0)
+        return Look(error.loss, e, h0, gradients, entry, moments)
 
-    def _noise(self, step: int, query: int, shape: torch.Size) -> torch.Tensor:
-        """Return xi of one query, float32 [R, T, d]."""
-        device = self.setting.objective.device
-        generator = stream(device, self.config.seed, PURPOSE_DIRECTION, step, query)
-        return torch.empty(shape, device=device).normal_(generator=generator)
+    def _entry(self, h0: torch.Tensor, delta0: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Return the gradients of what makes h0, the embeddings, given delta0 [R, T, d]."""
+        parameters = [tensor.parameter for tensor in self.outer]
+        found = torch.autograd.grad(h0, parameters, delta0.to(h0.dtype), allow_unused=True)
+        return {t.index: gradient for t, gradient in zip(self.outer, found) if gradient is not None}
 
-    def _regress(self, step: int, ids: torch.Tensor, r: torch.Tensor, top: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _regress(self, step: int, ids: torch.Tensor, r: torch.Tensor, top: torch.Tensor) -> tuple:
         """Return the moments A and C, float32 [d, d], with this step's queries in them."""
         ranks, width = self.setting.ranks, top.shape[-1]
         own = ranks.exchange(lambda: self._responses(step, ids, r, top, ranks.share(self.probes)), f"step {step}")
-        new_c = torch.from_numpy(own).to(top.device).sum(0)
-        noises = (self._noise(step, query, top.shape).view(-1, width) for query in range(self.probes))
-        new_a = sum(xi.T @ xi for xi in noises)
+        noises = (node_noise(self.config.seed, step, query, top).view(-1, width) for query in range(self.probes))
+        new_a, new_c = sum(xi.T @ xi for xi in noises), torch.from_numpy(own).to(top.device).sum(0)
         a, c = self.moments or (torch.zeros_like(new_a), torch.zeros_like(new_c))
         return self.BETA * a + new_a, self.BETA * c + new_c
 
-    def _responses(self, step: int, ids: torch.Tensor, r: torch.Tensor, top: torch.Tensor, chosen: Sequence[int]) -> np.ndarray:
+    def _responses(self, step: int, ids: torch.Tensor, r: torch.Tensor, top: torch.Tensor, chosen: range) -> np.ndarray:
         """Return xi^T D of the chosen queries, float32 [len(chosen), d, d]; `group` queries in one pass of the body."""
         objective, width, found = self.setting.objective, top.shape[-1], []
         for lo in range(0, len(chosen), self.group):
             self.setting.ranks.stop.heed()
-            noises = [self._noise(step, query, top.shape) for query in chosen[lo : lo + self.group]]
-            shift, seen = torch.cat([self.config.epsilon * r * xi for xi in noises]), []
-            with torch.no_grad(), objective.quiet():
-                self._pass(ids.repeat(len(noises), 1), lambda x, shift=shift: x + shift.to(x.dtype), lambda x: seen.append(x) or x)
-            for xi, y in zip(noises, seen[0].float().chunk(len(noises))):
+            noises = [node_noise(self.config.seed, step, query, top) for query in chosen[lo : lo + self.group]]
+            moved = perturbed_top(objective, ids, [self.config.epsilon * r * xi for xi in noises])
+            for xi, y in zip(noises, moved.float().chunk(len(noises))):
                 response = (y - top) / self.config.epsilon
                 found.append((xi.view(-1, width).T @ response.view(-1, width)).cpu().numpy())
         return np.stack(found) if found else np.empty((0, width, width), np.float32)
@@ -2917,11 +3025,9 @@ class Feedback(Rule):
         ridge = self.RIDGE * a.diagonal().mean() * torch.eye(len(a), device=a.device)
         return torch.linalg.solve(a + ridge, c)
 
-    # ---- the step --------------------------------------------------------------------------------------------------
-
     def measure(self, step: int, rate: float) -> Record:
         look = self.look(step)
-        norms = [torch.linalg.vector_norm(g).item() for g in look.gradients.values()] or [0.0]
+        norms = [torch.linalg.vector_norm(g).item() for g in (*look.gradients.values(), *look.entry.values())]
         error = torch.linalg.vector_norm(look.e).item()
         finite(step, loss=look.loss, error_at_the_output=error, gradient=math.hypot(*norms))
         return Record(step, rate, look.loss, math.hypot(*norms), np.empty(0))
@@ -2929,42 +3035,59 @@ class Feedback(Rule):
     def apply(self, record: Record) -> None:
         look, objective = self.look(record.step), self.setting.objective
         self.moments = look.moments
-        ids, forwards = self.setting.batch(record.step), {}
-        for at, tensors in self.inner.items():
-            if tensors:
-                forwards[at] = functools.partial(self._block, at, look.e, record.learning_rate)
+        ids = self.setting.batch(record.step)
+        forwards = {
+            at: functools.partial(self._block, at, look, record.learning_rate)
+            for at, tensors in self.inner.items()
+            if tensors or (at == 0 and self.local and self.reaches)
+        }
         with torch.no_grad(), objective.quiet(), objective.blocks_replaced(forwards):
             objective.hidden(ids)
         self.setting.optimizer.apply_gradients(look.gradients, record.learning_rate)
+        self.entry.apply_gradients(look.entry, record.learning_rate)
+        self.setting.optimizer.apply_gradients(look.entry, record.learning_rate)  # what is not tied
 
-    def _block(self, at: int, e: torch.Tensor, rate: float, x: torch.Tensor, call: Callable) -> torch.Tensor:
+    def _block(self, at: int, look: Look, rate: float, x: torch.Tensor, call: Callable) -> torch.Tensor:
         """Return a block's output at the weights before their update, which is made here."""
-        y, gradients = (self._branches if self.writers is None else self._products)(at, e, x, call)
+        y, gradients = self.carry(at, look, x, call)
         self.setting.optimizer.apply_gradients({index: g for index, g in gradients.items() if g is not None}, rate)
         return y
 
-    def _branches(self, at: int, e: torch.Tensor, x: torch.Tensor, call: Callable) -> tuple[torch.Tensor, dict]:
-        """Return a block's output and the gradient of <y, e>, cut where its norms read the stream: each branch on its own."""
+    def _autograd(self, at: int, look: Look, x: torch.Tensor, call: Callable) -> tuple[torch.Tensor, dict]:
+        """Return a block's output y and the gradient of <y, e>: cut where its norms read the stream, which is each branch on
+        its own, or whole; of the first block the whole one reaches the embedding.
+        """
         norms = [module for module in self.blocks[at].children() if "norm" in type(module).__name__.lower()]
-        hooks = [m.register_forward_pre_hook(lambda module, given: (given[0].detach(), *given[1:])) for m in norms]
+        cut = lambda module, given: (given[0].detach(), *given[1:])  # noqa: E731
+        hooks = [] if self.local else [module.register_forward_pre_hook(cut) for module in norms]
+        tensors, enters = self.inner[at], at == 0 and self.local and self.reaches
+        x = x.detach().requires_grad_(enters)
         try:
             with torch.enable_grad():
                 y = call(x)
         finally:
             for hook in hooks:
                 hook.remove()
-        tensors = self.inner[at]
-        found = torch.autograd.grad(y, [tensor.parameter for tensor in tensors], e.to(y.dtype), allow_unused=True)
+        wanted = [tensor.parameter for tensor in tensors] + [x] * enters
+        found = torch.autograd.grad(y, wanted, look.e.to(y.dtype), allow_unused=True)
+        if any(gradient is None for gradient in found):
+            kind = type(self.blocks[at]).__name__
+            raise UsageError(
+                f"--direction feedback: {kind} has norms behind its branches, not before them; take --carry block"
+            )
+        if enters:
+            look.entry.update(self._entry(look.h0, found[-1]))
         return y.detach(), {tensor.index: gradient for tensor, gradient in zip(tensors, found)}
 
-    def _products(self, at: int, e: torch.Tensor, x: torch.Tensor, call: Callable) -> tuple[torch.Tensor, dict]:
+    def _products(self, at: int, look: Look, x: torch.Tensor, call: Callable) -> tuple[torch.Tensor, dict]:
         """Return a block's output, and e^T x of each matrix that writes to the stream."""
-        gradients, flat = {}, e.flatten(0, -2)
+        gradients, flat = {}, look.e.flatten(0, -2)
 
         def product(module: torch.nn.Module, given: tuple, out: torch.Tensor) -> None:
             index = next(t.index for t in self.inner[at] if t.parameter is module.weight)
             weight = flat.T @ given[0].reshape(len(flat), -1).float()
-            gradients[index] = weight if weight.shape == module.weight.shape else weight.T.contiguous()
+            transposed = isinstance(module, transformers.pytorch_utils.Conv1D)  # W [in, out]
+            gradients[index] = weight.T.contiguous() if transposed else weight
 
         hooks = [self.writers[id(tensor.parameter)].register_forward_hook(product) for tensor in self.inner[at]]
         try:
@@ -2976,26 +3099,36 @@ class Feedback(Rule):
     def learn(self, step: int, gradients: dict[int, torch.Tensor]) -> None:
         look = self.look(step)
         self.moments = look.moments
-        both = [(gradient, gradients[index]) for index, gradient in look.gradients.items()]
+        own = dict(look.gradients)
+        for index, gradient in look.entry.items():
+            own[index] = own[index] + gradient if index in own else gradient
+        both = [(gradient, gradients[index]) for index, gradient in own.items()]
         self.guide_to_gradient = cosine(*zip(*both)) if both else math.nan
 
     def about(self) -> list[str]:
         how = {
+            "block": "torch.autograd within one block at a time, nothing across blocks; the first one's reaches the embedding",
             "branch": "torch.autograd within one branch (attention, MLP) at a time, nothing across branches",
             "stream": "the matrices that write to the stream alone, no autograd in any block",
         }[self.config.carry]
-        q = f"{self.probes} a step learn the way from the output to the embedding" if self.probes else "none (the control)"
-        return [f"feedback alignment: the exact error at the output, carried unchanged to every block; {how}", f"queries: {q}"]
+        q = f"{self.probes} a step learn the way from the output to the embedding" if self.probes else "none"
+        return [
+            f"feedback alignment: the exact error at the output, carried unchanged to every block; {how}",
+            f"queries: {q}",
+        ]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         met = torch.tensor([self.guide_to_gradient], dtype=torch.float64)
-        return {"guide_to_gradient": met} | (dict(zip("AC", self.moments)) if self.moments else {})
+        own = {"guide_to_gradient": met} | (dict(zip("AC", self.moments)) if self.moments else {})
+        return own | {f"entry/{name}": value for name, value in self.entry.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         if state:
             self.guide_to_gradient = state["guide_to_gradient"].item()
             device = self.setting.objective.device
             self.moments = (state["A"].to(device), state["C"].to(device)) if "A" in state else None
+            entry = {name.removeprefix("entry/"): v for name, v in state.items() if name.startswith("entry/")}
+            self.entry.load_state_dict(entry)
 
 
 FAMILIES: dict[str, type] = {
@@ -3113,7 +3246,9 @@ def package_folder(package: str) -> Path:
     """Return where a package's files are, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise UsageError(f"the package {package.replace('_', '-')} is not installed; run: pip install -r requirements.txt")
+        raise UsageError(
+            f"the package {package.replace('_', '-')} is not installed; run: pip install -r requirements.txt"
+        )
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -3207,7 +3342,9 @@ def streamed_texts(source: Source) -> Iterator[str]:
         text = row[column]
         if text is not None and not isinstance(text, str):
             what = f"{json.dumps(text, default=str)[:40]} ({type(text).__name__}) in column {column!r}, not text"
-            raise UsageError(f"{source.flag} {source.name}: row {number} holds {what}; mend it, or choose with --text_column")
+            raise UsageError(
+                f"{source.flag} {source.name}: row {number} holds {what}; mend it, or choose with --text_column"
+            )
         yield text or ""
 
 
@@ -3315,7 +3452,9 @@ class Corpus:
         return np.memmap(self.folder / f"{split}.bin", dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
 
     def _lacking(self) -> str:
-        advice = f"raise {self.source.samples_flag}, or lower --block_size" + " or --batch_size" * (self.config.batch_size > 1)
+        advice = f"raise {self.source.samples_flag}, or lower --block_size" + " or --batch_size" * (
+            self.config.batch_size > 1
+        )
         path = Path(self.source.name)
         if sum(self.about["documents"].values()) < VALIDATION_SHARE and path.exists() and local_format(path) == "text":
             advice += f"; in a text file blank lines separate documents, and {sum(self.about['documents'].values())} was found"
@@ -3421,7 +3560,9 @@ class Piece(NamedTuple):
     last: bool
 
 
-def encoded_pieces(tokenizer: transformers.PreTrainedTokenizerFast, texts: Iterator[str]) -> Iterator[tuple[Piece, list]]:
+def encoded_pieces(
+    tokenizer: transformers.PreTrainedTokenizerFast, texts: Iterator[str]
+) -> Iterator[tuple[Piece, list]]:
     """Yield the documents' pieces with their tokens: while some are encoded, on all cores, the next are read."""
 
     def batches() -> Iterator[list[Piece]]:
@@ -3458,8 +3599,12 @@ def write_corpus(config: Config, source: Source, given, folder: Path) -> None:
     if tokenizer is None and name == "gpt2":
         tokenizer = wrapped_tokenizer(gpt2_tokenizer())
     elif tokenizer is None:
-        training = itertools.islice((text for text in documents(source) if not is_validation(text)), TOKENIZER_DOCUMENTS)
-        tokenizer = wrapped_tokenizer(trained_tokenizer((p for text in training for p in pieces_of(text)), int(name[4:])))
+        training = itertools.islice(
+            (text for text in documents(source) if not is_validation(text)), TOKENIZER_DOCUMENTS
+        )
+        tokenizer = wrapped_tokenizer(
+            trained_tokenizer((p for text in training for p in pieces_of(text)), int(name[4:]))
+        )
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     counts = {kind: {"train": 0, "validation": 0} for kind in ("tokens", "documents", "bytes")}
     frequencies, empty = np.zeros(len(tokenizer), np.int64), itertools.count()
@@ -3741,7 +3886,9 @@ class Journal:
             at += len(line)
 
     def _line(self, record: Record) -> bytes:
-        values = vars(record) | {"projected_grads": [None if math.isnan(c) else c for c in record.projected_grads.tolist()]}
+        values = vars(record) | {
+            "projected_grads": [None if math.isnan(c) else c for c in record.projected_grads.tolist()]
+        }
         body = json.dumps(values)[:-1]
         return f'{body}, "crc32": "{zlib.crc32(body.encode(), self.start):08x}"}}\n'.encode()
 
@@ -3870,7 +4017,10 @@ class RunDirectory:
             self.rows.sort(key=lambda each: int(each["step"]))
             self.keep_rows(int(self.rows[-1]["step"]))
             return
-        with storing(self.path / "metrics.csv"), open(self.path / "metrics.csv", "a", newline="", encoding="utf-8") as file:
+        with (
+            storing(self.path / "metrics.csv"),
+            open(self.path / "metrics.csv", "a", newline="", encoding="utf-8") as file,
+        ):
             csv.DictWriter(file, METRICS, lineterminator="\n").writerow(row)
 
     def keep_rows(self, last_step: int) -> None:
@@ -3919,7 +4069,9 @@ class RunDirectory:
         with storing(final):
             final.absolute().parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(staged, ignore_errors=True)
-            shutil.copytree(checkpoint, staged, ignore=shutil.ignore_patterns("optimizer.safetensors", "state.json", MANIFEST))
+            shutil.copytree(
+                checkpoint, staged, ignore=shutil.ignore_patterns("optimizer.safetensors", "state.json", MANIFEST)
+            )
             (staged / "README.md").write_text(card, "utf-8")
             finish_folder(staged, final)
         return final
@@ -3988,7 +4140,9 @@ def duration(seconds: float) -> str:
     seconds = int(seconds)
     if seconds < 60:
         return f"{seconds}s"
-    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds < 3600 else f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return (
+        f"{seconds // 60}m{seconds % 60:02d}s" if seconds < 3600 else f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    )
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -4045,7 +4199,9 @@ def draw_loss(run: RunDirectory, unigram: float | None) -> Path | None:
         return None
     figure = importlib.import_module("matplotlib.figure").Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for panel, column, label in zip(panels, ("step", "forward_tokens"), ("step", "forward tokens (backpropagation counts 3)")):
+    for panel, column, label in zip(
+        panels, ("step", "forward_tokens"), ("step", "forward tokens (backpropagation counts 3)")
+    ):
         trained = [(float(row[column]), float(row["loss"])) for row in run.rows if row["loss"]]
         validated = [(float(row[column]), float(row["val_loss"])) for row in run.rows if row["val_loss"]]
         at, losses = zip(*trained)
@@ -4063,7 +4219,9 @@ def draw_loss(run: RunDirectory, unigram: float | None) -> Path | None:
     panels[0].legend()
     config = run.config
     about = f"q {config.query_budget_q}, {config.direction}, " if config.kind.queries else ""
-    figure.suptitle(f"{config.mode} {config.model_name}, {about}{config.optimizer} {config.learning_rate:g}, {config.dataset}")
+    figure.suptitle(
+        f"{config.mode} {config.model_name}, {about}{config.optimizer} {config.learning_rate:g}, {config.dataset}"
+    )
     with storing(run.path / "loss.png"):
         write_whole(run.path / "loss.png", png(figure))
     return run.path / "loss.png"
@@ -4082,7 +4240,9 @@ class Trackers:
     def _guarded(self, name: str, act: Callable[[], None]) -> None:
         try:
             act()
-        except Exception as error:  # whatever a tracker raises, its server gone or its files full, is no reason to stop a run
+        except (
+            Exception
+        ) as error:  # whatever a tracker raises, its server gone or its files full, is no reason to stop a run
             self.sinks.pop(name, None)
             log.warning(f"{name} failed and is left out from here on: {first_line(error)}")
 
@@ -4135,7 +4295,9 @@ def model_card(run: RunDirectory, row: dict[str, str], facts: dict[str, str]) ->
     table = [f"| {name} | {value} |" for name, value in facts.items()]
     words = " ".join(flag_words(config.changed("epochs", "max_steps"))) or "none"
     lines = ["---", *metadata, "---", "", f"# {run.path.name}", "", "Trained by reproduce_zo_paper.py.", ""]
-    return "\n".join([*lines, "| | |", "|---|---|", *table, "", "Flags that are not the defaults:", "", f"    {words}", ""])
+    return "\n".join(
+        [*lines, "| | |", "|---|---|", *table, "", "Flags that are not the defaults:", "", f"    {words}", ""]
+    )
 
 
 class Compared:
@@ -4157,7 +4319,10 @@ class Compared:
 
     def cells(self) -> dict[str, str]:
         """Return what the table says of it."""
-        cells = {"run": self.path.name, "state": "finished" if (self.path / "finished.json").is_file() else "unfinished"}
+        cells = {
+            "run": self.path.name,
+            "state": "finished" if (self.path / "finished.json").is_file() else "unfinished",
+        }
         if not self.best:
             return cells
         last, seconds, tokens = self.rows[-1], float(self.rows[-1]["seconds"]), float(self.rows[-1]["forward_tokens"])
@@ -4184,8 +4349,17 @@ def aligned_table(rows: list[dict[str, str]]) -> list[str]:
 
 def compare(config: Config) -> int:
     """Print the table of --compare, the lowest loss first, with the flags that runs differ in, and draw the picture."""
-    found = sorted((Compared(path) for named in config.compare for path in run_directories(named)), key=lambda run: run.loss)
-    names = sorted({n for run in found for n in run.flags if not {"free", "action"} & getattr(FIELDS.get(n), "metadata", {}).keys()})
+    found = sorted(
+        (Compared(path) for named in config.compare for path in run_directories(named)), key=lambda run: run.loss
+    )
+    names = sorted(
+        {
+            n
+            for run in found
+            for n in run.flags
+            if not {"free", "action"} & getattr(FIELDS.get(n), "metadata", {}).keys()
+        }
+    )
     differing = [name for name in names if len({json.dumps(run.flags.get(name)) for run in found}) > 1]
     flags = [{name: str(run.flags.get(name, "")) for name in differing} for run in found]
     print("\n".join(aligned_table([run.cells() | own for run, own in zip(found, flags)])))
@@ -4253,7 +4427,9 @@ def plan(config: Config, blocks: int, epoch: int) -> list[Phase]:
         for name in ("stage_epochs", "stage_steps", "stage_learning_rates"):
             given = len((getattr(config, name) or "1").split(","))
             if given > len(scopes):
-                raise UsageError(f"--{name} {getattr(config, name)}: {given} numbers, and there are {len(scopes)} stages")
+                raise UsageError(
+                    f"--{name} {getattr(config, name)}: {given} numbers, and there are {len(scopes)} stages"
+                )
         steps = numbers(config.stage_steps, int) if config.stage_steps else None
         steps = steps or [n * epoch for n in numbers(config.stage_epochs, int)]
         rates = numbers(config.stage_learning_rates or str(config.learning_rate), float)
@@ -4263,7 +4439,9 @@ def plan(config: Config, blocks: int, epoch: int) -> list[Phase]:
             phases.append(Phase(number, first, end, scope, optimizer, rate, number == 0 or config.kind.always))
             first = end
         if (config.max_steps or 0) > first:
-            raise UsageError(f"--max_steps {config.max_steps}: the stages have {first} steps in all; lower it, or lengthen them")
+            raise UsageError(
+                f"--max_steps {config.max_steps}: the stages have {first} steps in all; lower it, or lengthen them"
+            )
     if config.use_lr_scheduler and config.warmup_steps >= (length := min(phase.end - phase.first for phase in phases)):
         what = "a stage" if config.layerwise else "the run"
         raise UsageError(f"--warmup_steps {config.warmup_steps}: as long as {what} of {length} steps; lower it")
@@ -4292,7 +4470,9 @@ class Job:
 
     def phase(self, step: int) -> Phase:
         """Return the phase that a step belongs to; the last one, of the step after the last."""
-        return next(phase for phase in reversed(self.phases) if phase.first <= step and (phase.first < self.total or not step))
+        return next(
+            phase for phase in reversed(self.phases) if phase.first <= step and (phase.first < self.total or not step)
+        )
 
 
 def make_rule(setting: Setting, group: int, frequencies: np.ndarray) -> Rule:
@@ -4320,14 +4500,18 @@ class Trainer:
         self.job, self.phase, self.config = job, phase, config
         tensors = choose_scope(model, phase.scope)
         closed = config.kind.queries and config.head == "closed_form"
-        if (closed or (config.kind.queries and not FAMILIES[config.direction].perturbs_weights)) and not objective.sliced:
+        if (
+            closed or (config.kind.queries and not FAMILIES[config.direction].perturbs_weights)
+        ) and not objective.sliced:
             raise UsageError(
                 "--head closed_form, --direction feedback: this model's logits are not its output layer applied to its hidden "
                 "states; take --head estimated and --direction gaussian"
             )
         exact = next((t for t in tensors if closed and t.parameter is objective.head.weight), None)
         if closed and exact is None:
-            raise UsageError(f"--head closed_form: --scope {config.scope} does not train the head; leave one of them out")
+            raise UsageError(
+                f"--head closed_form: --scope {config.scope} does not train the head; leave one of them out"
+            )
         how = {"decay": config.weight_decay, "outer": outer_parameters(model), "exact": exact}
         self.optimizer = Optimizer(phase.optimizer, tensors, objective.workers, **how)
         batches = (job.corpus.batch, job.bp_corpus.batch)
@@ -4338,7 +4522,9 @@ class Trainer:
         self.trained = sum(tensor.parameter.numel() for tensor in tensors if tensor.index in moved)
         self.in_scope = sum(tensor.parameter.numel() for tensor in tensors)
         if not moved:
-            raise UsageError(f"--scope {phase.scope}: holds nothing that --direction {config.direction} can move; take gaussian")
+            raise UsageError(
+                f"--scope {phase.scope}: holds nothing that --direction {config.direction} can move; take gaussian"
+            )
 
     @property
     def registry(self) -> dict:
@@ -4386,7 +4572,9 @@ class Trainer:
         try:
             for part, own in self.registry.items():
                 start = f"{part}/"
-                own.load_state_dict({name.removeprefix(start): v for name, v in state.items() if name.startswith(start)})
+                own.load_state_dict(
+                    {name.removeprefix(start): v for name, v in state.items() if name.startswith(start)}
+                )
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"the checkpoint's state does not fit this run ({first_line(error)})") from error
 
@@ -4398,8 +4586,9 @@ class Trainer:
             what.append(f"warning: --direction {config.direction} can't move the rest")
         if config.layerwise:
             how = "backpropagation" if phase.always else "queries"
-            what[0] = f"stage {phase.number} of {len(self.job.phases) - 1}: {phase.scope}, steps {phase.first} to {phase.end - 1}, " + (
-                f"{how}, {phase.optimizer} {phase.learning_rate:g}; " + what[0]
+            what[0] = (
+                f"stage {phase.number} of {len(self.job.phases) - 1}: {phase.scope}, steps {phase.first} to {phase.end - 1}, "
+                + (f"{how}, {phase.optimizer} {phase.learning_rate:g}; " + what[0])
             )
         return what + ([] if phase.always else self.between.about())
 
@@ -4412,7 +4601,9 @@ def opening_lines(job: Job, trainer: Trainer) -> list[str]:
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     rule = f"{config.mode}" + f", directions {config.direction}" * config.kind.queries
     rate = f"{config.optimizer} at {config.learning_rate:g}"
-    curve = f"warm-up {config.warmup_steps}, cosine to {config.min_lr:g}" if config.use_lr_scheduler else "constant rate"
+    curve = (
+        f"warm-up {config.warmup_steps}, cosine to {config.min_lr:g}" if config.use_lr_scheduler else "constant rate"
+    )
     passes = sum(trainer.rule(step).passes for step in range(min(job.total, trainer.phase.end)))
     forward = f", {short(passes * config.batch_size * config.block_size)} tokens through forward passes in all"
     lines = [
@@ -4423,7 +4614,8 @@ def opening_lines(job: Job, trainer: Trainer) -> list[str]:
         f"data: {config.dataset}, {sum(about['documents'].values())} documents, {short(about['tokens']['train'])} training tokens "
         f"in {corpus.blocks} sequences, {len(corpus.validation_rows)} validation sequences used; tokenizer "
         f"{config.tokenizer_name}, {len(corpus.tokenizer)} tokens",
-        f"steps: {job.total} of {config.batch_size} x {config.block_size} tokens" + ("" if config.layerwise else forward),
+        f"steps: {job.total} of {config.batch_size} x {config.block_size} tokens"
+        + ("" if config.layerwise else forward),
     ]
     if config.init_from is None:
         lines.append(f"unigram: knowing only how frequent tokens are gives validation loss {job.unigram:.4f}")
@@ -4621,7 +4813,9 @@ class Account:
         """Write a checkpoint after `done` steps."""
         about = {"step": done, "stage": trainer.phase.number, "forward_tokens": forward_tokens}
         state = trainer.state() if state is None else state
-        return self.run.save_checkpoint(name or f"step_{done:08d}", about, self.job.model, self.job.corpus.tokenizer, state)
+        return self.run.save_checkpoint(
+            name or f"step_{done:08d}", about, self.job.model, self.job.corpus.tokenizer, state
+        )
 
     def step(self, trainer: Trainer, done: int, record: Record, forward_tokens: int, measured: bool) -> None:
         """Keep account of a step; `measured` is whether it was not in the journal."""
@@ -4667,7 +4861,9 @@ class Account:
         """Close the account after the last of `steps` steps, or that after which the run was stopped."""
         job, run, config = self.job, self.run, self.config
         if done == job.total or done == 0:
-            self.row(trainer, done, job.journal.get(done - 1), forward_tokens)  # unless metrics.csv was damaged, it is there
+            self.row(
+                trainer, done, job.journal.get(done - 1), forward_tokens
+            )  # unless metrics.csv was damaged, it is there
         checkpoint, picture = self.save(trainer, done, forward_tokens), self.draw()
         if done < job.total:
             log.info(f"stopped after step {done}; go on with: python {Path(__file__).name} --resume {run.path}")
@@ -4690,7 +4886,9 @@ class Account:
         if config.export_dir:
             chosen, of = (best_folder, best) if config.export_best and best_folder.exists() else (checkpoint, row)
             log.info(f"wrote {run.export(chosen, model_card(run, of, self._facts(trainer)))}")
-        values = {name: float(value) if "." in value or "e" in value else int(value) for name, value in row.items() if value}
+        values = {
+            name: float(value) if "." in value or "e" in value else int(value) for name, value in row.items() if value
+        }
         with storing(run.path):
             write_whole(run.path / "finished.json", json.dumps(values, indent=1) + "\n")
 
@@ -4716,6 +4914,17 @@ def check_ranks(job: Job, done: int) -> None:
         )
 
 
+def advance(job: Job, trainer: Trainer, step: int) -> tuple[Record, bool]:
+    """Make a step: measure it, unless the journal has it, and apply its record; return that, and whether it was measured."""
+    job.ranks.heed(f"step {step}")
+    known = job.journal.get(step)
+    record = known or trainer.measure(step)
+    if known is None:
+        job.journal.append(record)
+    trainer.apply(record)
+    return record, known is None
+
+
 def train(job: Job, start: Start, trainer: Trainer) -> int:
     """Make the steps from `start` to the last; those in the journal are applied without being measured. The exit code."""
     config, ranks, done, tokens, code = job.config, job.ranks, start.step, start.forward_tokens, 0
@@ -4730,18 +4939,13 @@ def train(job: Job, start: Start, trainer: Trainer) -> int:
                 trainer = enter(job, done, start)
                 for line in trainer.banner():
                     log.info(f"step {done}: {line}")
-            ranks.heed(f"step {done}")
-            known = job.journal.get(done)
-            record = known or trainer.measure(done)
-            if known is None:
-                job.journal.append(record)
-            trainer.apply(record)
+            record, measured = advance(job, trainer, done)
             tokens += round(trainer.rule(done).passes * batch)
             done += 1
             if done % config.sync_check_interval == 0 or done % config.save_interval == 0:
                 check_ranks(job, done)
             if account:
-                account.step(trainer, done, record, tokens, known is None)
+                account.step(trainer, done, record, tokens, measured)
     except Interrupted as stop:
         code = 128 + stop.args[0]
     except NonFiniteError:
@@ -4838,7 +5042,9 @@ def rehearse(job: Job) -> None:
 def resumed_config(wanted: Config, given: set[str], path: Path) -> Config:
     """Return the run's own flags with what may be changed; raises UsageError, which lists what may not."""
     stored = read_config(path)
-    changes = {name: getattr(wanted, name) for name in given if "action" not in FIELDS[name].metadata and name != "log_dir"}
+    changes = {
+        name: getattr(wanted, name) for name in given if "action" not in FIELDS[name].metadata and name != "log_dir"
+    }
     changes = {name: value for name, value in changes.items() if value != getattr(stored, name)}
     refused = {name for name in changes if "free" not in FIELDS[name].metadata}
     refused |= {"epochs"} & set(changes) if stored.layerwise else set()
@@ -4869,7 +5075,9 @@ def run_or_resume(config: Config, given: set[str], ranks: Ranks) -> int:
             run.close()
             journal = run.path / "journal.jsonl"
             begun = journal.exists() and journal.stat().st_size > 0
-            if not config.resume and not begun and not run.checkpoint_folders():  # training never began: there is nothing to keep
+            if (
+                not config.resume and not begun and not run.checkpoint_folders()
+            ):  # training never began: there is nothing to keep
                 shutil.rmtree(run.path, ignore_errors=True)
 
 
@@ -4885,7 +5093,9 @@ def replay(wanted: Config, ranks: Ranks) -> int:
         step = last if wanted.replay_step is None else wanted.replay_step
         missing = next((each for each in range(step) if journal.get(each) is None), None)
         if missing is not None:
-            raise UsageError(f"--replay: {journal.path} has no whole record of step {missing}; --replay_step {missing} works")
+            raise UsageError(
+                f"--replay: {journal.path} has no whole record of step {missing}; --replay_step {missing} works"
+            )
         began, start = time.perf_counter(), Start(0, 0, 0, {})
         trainer, tokens = enter(job, 0, start), 0
         for done in range(step):
@@ -4910,15 +5120,23 @@ def replay_report(job: Job, trainer: Trainer, step: int, tokens: int, took: floa
     if trained and took > 0:
         log.info(f"training took {trained[0]:.1f} s with its validations: {trained[0] / took:.1f} times as long")
     size, journal = sum(path.stat().st_size for path in written.iterdir()), job.journal.path.stat().st_size
-    log.info(f"the journal has {journal / max(1, len(job.journal.places)):.0f} bytes a step, {journal} in all; a checkpoint {size}")
+    log.info(
+        f"the journal has {journal / max(1, len(job.journal.places)):.0f} bytes a step, {journal} in all; a checkpoint {size}"
+    )
     if not own.is_dir():
         log.info(f"nothing to compare with: the run keeps no checkpoint of step {step}")
         return 0
     if fault := folder_fault(own):
         log.info(f"can't be compared with {own}: {fault}")
         return 1
-    same = all(file_digest(own / each) == file_digest(written / each) for each in ("model.safetensors", "optimizer.safetensors"))
-    log.info(f"bitwise {'equal to' if same else 'DIFFERENT from'} the run's own {own}" + "; was it made on another machine?" * (not same))
+    same = all(
+        file_digest(own / each) == file_digest(written / each)
+        for each in ("model.safetensors", "optimizer.safetensors")
+    )
+    log.info(
+        f"bitwise {'equal to' if same else 'DIFFERENT from'} the run's own {own}"
+        + "; was it made on another machine?" * (not same)
+    )
     return 0 if same else 1
 
 
@@ -4958,6 +5176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     ranks, console = Ranks(), Console()
     log.setLevel(logging.DEBUG)
+    log.propagate = False
     console.setLevel(logging.INFO)
     log.addHandler(console if ranks.first else logging.NullHandler())
     try:
