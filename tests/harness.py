@@ -161,11 +161,11 @@ def damage(path: Path, how: str, everywhere: bool = False) -> None:
 # ---- a process of its own ------------------------------------------------------------------------------------------
 
 
-def exit_at_storage_call(number: int, after_step: int) -> None:
-    """Ends the process, as a kill would, before the number-th storage call of the checkpoint of that step."""
+def exit_at_storage_call(number: int, name: str, time_of_name: int = 1) -> None:
+    """Ends the process, as a kill would, before the number-th storage call of the n-th checkpoint of a name."""
     import shutil
 
-    active, calls = [False], [0]
+    active, calls, times = [False], [0], [0]
 
     def counted(function):
         def call(*args, **kwargs):
@@ -179,18 +179,19 @@ def exit_at_storage_call(number: int, after_step: int) -> None:
 
     save = zo.RunDirectory.save_checkpoint
 
-    def watched(self, name, *args):
-        active[0] = name == f"step_{after_step:08d}"
+    def watched(self, saved, *args):
+        times[0] += saved == name
+        active[0] = saved == name and times[0] == time_of_name
         try:
-            return save(self, name, *args)
+            return save(self, saved, *args)
         finally:
             active[0] = False
 
     zo.RunDirectory.save_checkpoint = watched
     zo.flush = counted(zo.flush)
     shutil.rmtree = counted(shutil.rmtree)
-    for name in ("mkdir", "write_text", "rename", "replace"):
-        setattr(Path, name, counted(getattr(Path, name)))
+    for method in ("mkdir", "write_text", "rename", "replace"):
+        setattr(Path, method, counted(getattr(Path, method)))
 
 
 def limit_file_size(size: int) -> None:
@@ -224,15 +225,18 @@ def full_disk_in_journal(step: int) -> None:
     zo.Journal.append = torn
 
 
-def slow_steps(seconds: float) -> None:
-    """Makes every loss evaluation last, so that a signal arrives in the midst of a step."""
-    losses = zo.Objective.losses
+def slow_steps(seconds: float, count: str = "") -> None:
+    """Makes every pass of the model last, so that a signal arrives in the midst of a step; a byte in `count` for each."""
+    hidden = zo.Objective.hidden
 
     def slowly(self, *args, **kwargs):
+        if count:
+            with open(count, "ab") as file:
+                file.write(b".")
         time.sleep(seconds)
-        return losses(self, *args, **kwargs)
+        return hidden(self, *args, **kwargs)
 
-    zo.Objective.losses = slowly
+    zo.Objective.hidden = slowly
 
 
 def other_weights(step: int) -> None:
@@ -262,21 +266,6 @@ def in_folder(path: str) -> None:
     os.chdir(path)
 
 
-FAULTS = {
-    f.__name__: f
-    for f in (
-        exit_at_storage_call,
-        limit_file_size,
-        full_disk_after,
-        full_disk_in_journal,
-        slow_steps,
-        other_weights,
-        nan_losses,
-        in_folder,
-    )
-}
-
-
 def _child(words: list[str], log: str, fault: tuple, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -286,7 +275,7 @@ def _child(words: list[str], log: str, fault: tuple, environment: dict[str, str]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     shrink()
     if fault:
-        FAULTS[fault[0]](*fault[1:])
+        globals()[fault[0]](*fault[1:])
     sys.exit(zo.main(words))
 
 
