@@ -3878,6 +3878,8 @@ class Journal:
     no line; a power cut, those of one second at most. Floats are exact: their shortest decimals give them back.
     """
 
+    RECORD = re.compile(rb'\{"step": .*?, "crc32": "[0-9a-f]{8}"\}')
+
     def __init__(self, path: Path | None, identity: str):
         """`path` None: handed records in memory, as ranks other than 0 have them."""
         self.start = zlib.crc32(identity.encode())  # of each checksum: another run's line does not fit
@@ -3891,10 +3893,9 @@ class Journal:
         self.places, self.damaged, at = {}, 0, 0
         self.file.seek(0)
         for line in io.BufferedReader(io.FileIO(self.path)):
-            record = self._parse(line)
-            self.damaged += record is None
-            if record is not None:
-                self.places[record.step] = at
+            found = {match.start(): self._parse(match.group()) for match in self.RECORD.finditer(line)}
+            self.places |= {record.step: at + start for start, record in found.items() if record is not None}
+            self.damaged += list(found) != [0] or None in found.values() or not line.endswith(b'"}\n')
             at += len(line)
 
     def _line(self, record: Record) -> bytes:
@@ -3905,8 +3906,8 @@ class Journal:
         return f'{body}, "crc32": "{zlib.crc32(body.encode(), self.start):08x}"}}\n'.encode()
 
     def _parse(self, line: bytes) -> Record | None:
-        body, found, rest = line.rpartition(b', "crc32": "')
-        if not found or rest != b'%08x"}\n' % zlib.crc32(body, self.start):
+        body, _, rest = line.rpartition(b', "crc32": "')
+        if rest[:8] != b"%08x" % zlib.crc32(body, self.start):
             return None
         values = json.loads(body + b"}")
         c = [math.nan if value is None else value for value in values.pop("projected_grads")]
@@ -3918,7 +3919,7 @@ class Journal:
             return self.memory.get(step)
         with open(self.path, "rb") as file:
             file.seek(self.places[step])
-            return self._parse(file.readline())
+            return self._parse(self.RECORD.match(file.readline()).group())
 
     def append(self, record: Record) -> None:
         """Write the record of the next step."""
@@ -4722,6 +4723,8 @@ def restored(job: Job) -> Start:
     known = job.journal.reach(start.step)
     if damaged:
         log.warning(f"{job.journal.path}: {damaged} damaged records, of no use")
+    if job.total < known:
+        raise UsageError(f"--max_steps {job.total}: the run has reached step {known}; name a number from there on")
     job.run.keep_rows(known)
     log.info(f"resuming from step {start.step}, then {known - start.step} steps from the journal")
     return start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -97,6 +98,29 @@ def runs(tmp_path, cache) -> Runs:
 def module_runs(tmp_path_factory, cache) -> Runs:
     """Runs whose results several tests of a module look at, without changing them."""
     return Runs(tmp_path_factory.mktemp("runs"), cache)
+
+
+@pytest.fixture(scope="session")
+def session_runs(tmp_path_factory, cache) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), cache)
+
+
+@pytest.fixture(scope="session")
+def whole(session_runs) -> Path:
+    """A run of 8 steps that nothing disturbed."""
+    return session_runs.train("whole", optimizer="adam", **harness.STEPS)
+
+
+@pytest.fixture(scope="session")
+def first_six(session_runs) -> Path:
+    """The same run, ended after 6 steps, with checkpoints of steps 3 and 6; tests work on copies."""
+    return session_runs.train("first_six", optimizer="adam", **harness.STEPS | {"max_steps": 6})
+
+
+@pytest.fixture
+def stopped(first_six, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(first_six, tmp_path / "logs" / first_six.name))
 
 
 @pytest.fixture

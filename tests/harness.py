@@ -51,6 +51,9 @@ FLAGS = {
 }
 TIME_COLUMNS = ("seconds", "peak_memory_mib")
 
+# Checkpoints after steps 3, 6 and 8; every second step is validated, so that a run of 6 steps is the start of one of 8.
+STEPS = {"max_steps": 8, "save_interval": 3, "eval_interval": 2}
+
 
 def argv(**flags) -> list[str]:
     """Flags as words; True is a bare flag, None and False leave it out."""
@@ -147,6 +150,58 @@ def differences(one: Path, other: Path) -> list[str]:
     return found + [name for name in names if (ours / name).read_bytes() != (theirs / name).read_bytes()]
 
 
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether the last checkpoints of two runs have the same weights and optimizer state."""
+    return not {"model.safetensors", "optimizer.safetensors"} & set(differences(one, other))
+
+
+def steps_of(run: Path) -> list[str]:
+    return [row["step"] for row in metrics(run)]
+
+
+def error_lines(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+
+
+def rewrite_config(run: Path, leave_out: tuple = (), **flags) -> None:
+    """Changes flags in a run's config.json, or leaves some out, with a digest that fits."""
+    about = json.loads((run / "config.json").read_text("utf-8"))
+    about["flags"] = {name: value for name, value in (about["flags"] | flags).items() if name not in leave_out}
+    about["flags_sha256"] = zo.flags_digest(about["flags"])
+    (run / "config.json").write_text(json.dumps(about), "utf-8")
+
+
+def at_storage_calls(patch, name: str, time_of_name: int, act) -> None:
+    """Calls act() before each storage call of the n-th checkpoint of a name: a kill would leave what is on the disk then."""
+    active, times = [False], [0]
+
+    def watched(function):
+        def call(*args, **kwargs):
+            if active[0]:
+                active[0] = False
+                act()
+                active[0] = True
+            return function(*args, **kwargs)
+
+        return call
+
+    save = zo.RunDirectory.save_checkpoint
+
+    def saving(self, saved, *args):
+        times[0] += saved == name
+        active[0] = saved == name and times[0] == time_of_name
+        try:
+            return save(self, saved, *args)
+        finally:
+            active[0] = False
+
+    patch.setattr(zo.RunDirectory, "save_checkpoint", saving)
+    patch.setattr(zo, "flush", watched(zo.flush))
+    for place, methods in ((os, ("unlink", "rmdir")), (Path, ("mkdir", "write_text", "rename", "replace"))):
+        for method in methods:
+            patch.setattr(place, method, watched(getattr(place, method)))
+
+
 def damage(path: Path, how: str, everywhere: bool = False) -> None:
     """Truncates a file, empties it, or flips a bit in its middle (or in each of its bytes)."""
     content = path.read_bytes()
@@ -159,39 +214,6 @@ def damage(path: Path, how: str, everywhere: bool = False) -> None:
 
 
 # ---- a process of its own ------------------------------------------------------------------------------------------
-
-
-def exit_at_storage_call(number: int, name: str, time_of_name: int = 1) -> None:
-    """Ends the process, as a kill would, before the number-th storage call of the n-th checkpoint of a name."""
-    import shutil
-
-    active, calls, times = [False], [0], [0]
-
-    def counted(function):
-        def call(*args, **kwargs):
-            if active[0]:
-                if calls[0] == number:
-                    os._exit(9)
-                calls[0] += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    save = zo.RunDirectory.save_checkpoint
-
-    def watched(self, saved, *args):
-        times[0] += saved == name
-        active[0] = saved == name and times[0] == time_of_name
-        try:
-            return save(self, saved, *args)
-        finally:
-            active[0] = False
-
-    zo.RunDirectory.save_checkpoint = watched
-    zo.flush = counted(zo.flush)
-    shutil.rmtree = counted(shutil.rmtree)
-    for method in ("mkdir", "write_text", "rename", "replace"):
-        setattr(Path, method, counted(getattr(Path, method)))
 
 
 def limit_file_size(size: int) -> None:

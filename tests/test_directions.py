@@ -188,7 +188,7 @@ def test_guided_directions_keep_their_cosine_length_and_gain(name, rho, left_out
     """Also where one tensor (an output layer in closed form) is left out of the guide and of the queries."""
     every = tensors_of((80, 100), (50, 60), (100,))
     tensors, base = every[left_out:], FAMILIES.get(name) or aligned_family(every, 3)
-    family, unit = zo.Guided(base, guide_of(tensors), rho), torch.cat([g.flatten() for g in guide_of(tensors).values()])
+    family, unit = zo.Guided(base, tensors, guide_of(tensors), rho), torch.cat([g.flatten() for g in guide_of(tensors).values()])
     unit, square = (unit / unit.norm()).double(), sum(base.square(tensor) for tensor in tensors)
     z = torch.stack([flat(family, tensors, query) for query in range(40)])
     freedom = {"lowrank4": 4 * 50, "aligned": square}.get(name, z.shape[1])  # low rank: by its factors
@@ -207,7 +207,7 @@ def test_no_entry_is_larger_than_the_family_says(cosine):
     for rank in (1, 3, 64):
         families += [zo.LowRank(rank), aligned_family(tensors, rank)]
     for family in families:
-        bent = family if cosine is None else zo.Guided(family, guide_of(tensors), cosine)
+        bent = family if cosine is None else zo.Guided(family, tensors, guide_of(tensors), cosine)
         entries = [whole(bent, tensor, query=query).abs().max().item() for tensor in tensors for query in range(30)]
         assert max(entries) <= bent.largest * (1 + 1e-6), (type(family).__name__, family.rank)
     assert all(family.gain == 1.0 for family in families)
@@ -216,7 +216,7 @@ def test_no_entry_is_larger_than_the_family_says(cosine):
 def test_square_is_the_expected_square_of_a_direction():
     """Of every family, on every kind of tensor: the mean over many queries, to five times its standard error."""
     tensors = tensors_of((61, 24), (24, 40), (24,))
-    families = [*FAMILIES.values(), aligned_family(tensors, 2), zo.Guided(zo.Gaussian(), guide_of(tensors), 0.5)]
+    families = [*FAMILIES.values(), aligned_family(tensors, 2), zo.Guided(zo.Gaussian(), tensors, guide_of(tensors), 0.5)]
     for family in families:
         for tensor in tensors:
             norms = [whole(family, tensor, query=query).square().sum().item() for query in range(150)]
