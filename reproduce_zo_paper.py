@@ -9,31 +9,18 @@ et al. 2023) and queries that share forward passes. Everything random is a funct
 
 so no direction is stored, both ways to evaluate queries agree, and a run needs no generator state.
 
-    python reproduce_zo_paper.py --direction feedback                   learns: feedback alignment, minutes on two cores
+    python reproduce_zo_paper.py --direction feedback                       learns: feedback alignment
     python reproduce_zo_paper.py --mode ZO --query_budget_q 4 --model_size 20M --batch_size 4 --learning_rate 1e-3
-    python reproduce_zo_paper.py --mode ZO --query_budget_q 16 --parallel_q_computation --direction lowrank
-    python reproduce_zo_paper.py --mode Instruct --query_budget_q 10 --bp_interval 5 --model_size 20M
-    torchrun --nproc_per_node 2 reproduce_zo_paper.py --query_budget_q 16    a step's queries divided among two processes
+    python reproduce_zo_paper.py --query_budget_q 16 --parallel_q_computation --direction lowrank
+    torchrun --nproc_per_node 2 reproduce_zo_paper.py --query_budget_q 16   a step's queries divided among two processes
 
-Sections, each calling only those above it (the parser alone also asks FAMILIES, under Rules, for its choices):
-    Configuration   one line a flag, the derived defaults, every fault reported at once
-    Randomness      coordinates to generator; a permutation without a table
-    Processes       worker threads; ranks that divide a step's queries
-    Loss            tiles of logits; losses, the error at the output, true gradients, what one pass shows
-    Directions      the families of z: dense blocks or low-rank factors
-    Estimation      projected gradients in place or batched; the library function
-    Optimization    updates from scalars and seeds or from gradients, one tensor at a time; the schedule
-    Rules           how a step is measured and how its record is applied: queries, feedback, backpropagation
-    Data            documents -> tokens on disk -> batch(seed, step)
-    Model           sizes, scopes, initial weights, device
-    Evaluation      validation loss, bits per byte, samples of text
-    Run directory   configuration, log, metrics, journal, checkpoints
-    Reporting       lines, pictures, the model card, comparison of runs
-    Training        the plan of phases, the loop, and main(argv) -> exit code
+Sections, each calling only those above it (the parser alone asks FAMILIES, under Rules, for its choices): Configuration,
+Randomness, Processes, Loss, Directions, Estimation, Optimization, Rules (how a step is measured and its record applied),
+Data, Model and evaluation, Run directory, Reporting, Phases, Training.
 
 Where things go: a direction family is a class beside `Gaussian` and a line in FAMILIES; an optimizer is a line in
-`Optimizer._make`; a metrics column is a name in METRICS and a value in `metrics_row`; a file format is a line in
-LOCAL_FORMATS.
+`Optimizer._make` and in OPTIMIZERS; a metrics column is a name in METRICS and a value in `Account.row`; a file format is a
+line in LOCAL_FORMATS.
 """
 
 from __future__ import annotations
@@ -79,34 +66,24 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
-if TYPE_CHECKING:
-    import datasets
-    import filelock
-    import numpy as np
-    import safetensors
-    import tokenizers
-    import torch
-    import tqdm
-    import transformers
-else:
 
-    class _Lazy:
-        """A module that is imported at its first use, so that --help and a wrong flag answer at once."""
+class _Lazy:
+    """A module that is imported at its first use, so that --help and a wrong flag answer at once."""
 
-        def __init__(self, name: str):
-            self._name = name
+    def __init__(self, name: str):
+        self._name = name
 
-        def __getattr__(self, attribute: str):
-            value = getattr(importlib.import_module(self._name), attribute)
-            if not attribute.startswith("__"):
-                setattr(self, attribute, value)
-            return value
+    def __getattr__(self, attribute: str):
+        value = getattr(importlib.import_module(self._name), attribute)
+        if not attribute.startswith("__"):
+            setattr(self, attribute, value)
+        return value
 
-    np, torch, transformers, filelock = map(_Lazy, ("numpy", "torch", "transformers", "filelock"))
-    datasets, safetensors, tokenizers, tqdm = map(_Lazy, ("datasets", "safetensors", "tokenizers", "tqdm"))
 
+np, torch, transformers, filelock = map(_Lazy, ("numpy", "torch", "transformers", "filelock"))
+datasets, safetensors, tokenizers, tqdm = map(_Lazy, ("datasets", "safetensors", "tokenizers", "tqdm"))
 log = logging.getLogger("reproduce_zo_paper")
 
 
@@ -434,48 +411,28 @@ class Config:
         defaults = plain | {"optimizer": "sgd", "learning_rate": 1e-3} | own | mode.defaults | {"direction": direction}
         return defaults | {"guided_learning_rate": self.learning_rate or defaults["learning_rate"]}
 
-    @property
-    def kind(self) -> Mode:
-        """What the steps of this mode are."""
-        return MODES[self.mode]
+    kind = property(lambda self: MODES[self.mode], doc="What the steps of this mode are.")
+    family = property(lambda self: FAMILIES[self.direction], doc="The direction family's class.")
+    measures = property(lambda self: self.kind.queries and self.query_budget_q > 0, doc="Whether any query is made.")
+    model_name = property(lambda self: Path(self.init_from).name if self.init_from else self.model_size, doc="Its name.")
+    layerwise = property(lambda self: self.scope == "layerwise", doc="Whether layers are trained one after the other.")
 
-    @property
-    def source(self) -> Source:
-        """The run's documents."""
-        own = (self.text_column, self.dataset_config, self.dataset_split)
-        return Source("--dataset", "--max_samples", self.dataset, self.max_samples, *own)
-
-    @property
-    def bp_source(self) -> Source | None:
-        """The documents of backpropagations, where those are others."""
-        if self.bp_dataset is None:
-            return None
-        return Source("--bp_dataset", "--bp_max_samples", self.bp_dataset, self.bp_max_samples, self.text_column, None, "train")
+    source = property(lambda self: self.sources[0], doc="The run's documents.")
 
     @property
     def sources(self) -> list[Source]:
-        """Every set of documents that the run reads."""
-        return [source for source in (self.source, self.bp_source) if source is not None]
+        """The run's documents, and those of backpropagations where they are others."""
+        own = (self.text_column, self.dataset_config, self.dataset_split)
+        first = Source("--dataset", "--max_samples", self.dataset, self.max_samples, *own)
+        if self.bp_dataset is None:
+            return [first]
+        names = ("--bp_dataset", "--bp_max_samples", self.bp_dataset, self.bp_max_samples)
+        return [first, Source(*names, self.text_column, None, "train")]
 
     @property
     def tokenizer_name(self) -> str:
         """The tokenizer, as --tokenizer would name it."""
         return self.tokenizer or self.init_from or MODEL_SIZES[self.model_size].tokenizer
-
-    @property
-    def model_name(self) -> str:
-        """The model's size, or the last part of where it comes from."""
-        return Path(self.init_from).name if self.init_from else self.model_size
-
-    @property
-    def measures(self) -> bool:
-        """Whether any query is made."""
-        return self.kind.queries and self.query_budget_q > 0
-
-    @property
-    def layerwise(self) -> bool:
-        """Whether layers are trained one after the other."""
-        return self.scope == "layerwise"
 
     @property
     def cache(self) -> Path:
@@ -505,26 +462,28 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "queries": (lambda c: c.kind.queries, "a mode with queries (ZO, Instruct, Calibrate)"),
     "measured": (lambda c: c.measures, "queries (a mode that has them, and --query_budget_q above 0)"),
-    "z": (lambda c: c.kind.queries and FAMILIES[c.direction].perturbs_weights, "a --direction other than feedback in a mode with queries"),
-    "measured z": (lambda c: c.measures and FAMILIES[c.direction].perturbs_weights, "queries along a --direction other than feedback"),
-    "ranked": (lambda c: c.kind.queries and FAMILIES[c.direction].ranked, "--direction lowrank or aligned"),
-    "feedback": (lambda c: c.kind.queries and not FAMILIES[c.direction].perturbs_weights, "--direction feedback"),
+    "z": (lambda c: c.kind.queries and c.family.perturbs_weights, "a --direction other than feedback in a mode with queries"),
+    "measured z": (lambda c: c.measures and c.family.perturbs_weights, "queries along a --direction other than feedback"),
+    "ranked": (lambda c: c.kind.queries and c.family.ranked, "--direction lowrank or aligned"),
+    "feedback": (lambda c: c.kind.queries and not c.family.perturbs_weights, "--direction feedback"),
     "parallel": (lambda c: c.measures and c.parallel_q_computation, "--parallel_q_computation"),
     "interval": (lambda c: c.kind.interval, "--mode Instruct or Calibrate"),
     "bp_dataset": (lambda c: c.bp_dataset is not None, "--bp_dataset"),
-    "backward": (lambda c: c.kind.always or c.kind.interval or c.layerwise, "backpropagations (FO, Instruct, Calibrate, layerwise)"),
-    "bent": (lambda c: c.kind.guided and c.measures and FAMILIES[c.direction].perturbs_weights,
+    "backward": (lambda c: c.kind.always or c.kind.interval or c.layerwise,
+                 "backpropagations (FO, Instruct, Calibrate, layerwise)"),
+    "bent": (lambda c: c.kind.guided and c.measures and c.family.perturbs_weights,
              "--mode Instruct with queries and a --direction other than feedback"),
     "closed_form": (lambda c: c.kind.queries and c.head == "closed_form", "--head closed_form"),
-    "sgd queries": (lambda c: c.measures and c.optimizer == "sgd" and FAMILIES[c.direction].perturbs_weights,
+    "sgd queries": (lambda c: c.measures and c.optimizer == "sgd" and c.family.perturbs_weights,
                     "--optimizer sgd and queries along a --direction other than feedback"),
     "schedule": (lambda c: c.use_lr_scheduler, "--use_lr_scheduler"),
     "flat": (lambda c: not c.layerwise, "a --scope other than layerwise, which has --stage_epochs"),
     "layerwise": (lambda c: c.layerwise, "--scope layerwise"),
-    "layerwise epochs": (lambda c: c.layerwise and c.stage_steps is None, "a --scope layerwise that has no --stage_steps"),
+    "layerwise epochs": (lambda c: c.layerwise and c.stage_steps is None,
+                         "a --scope layerwise that has no --stage_steps"),
     "a new model": (lambda c: c.init_from is None, "a new model (without --init_from)"),
-    "columns": (lambda c: any(source.name != "embedded" for source in c.sources), "--dataset of a file, folder or hub set"),
-    "hub": (lambda c: c.source.hub is not None, "--dataset of a hub set"),
+    "columns": (lambda c: any(s.name != "embedded" for s in c.sources), "--dataset of a file, folder or hub set"),
+    "hub": (lambda c: c.sources[0].hub is not None, "--dataset of a hub set"),
     "prompt": (lambda c: c.prompt is not None, "--prompt"),
     "export": (lambda c: c.export_dir is not None, "--export_dir"),
     "replay": (lambda c: c.replay is not None, "--replay"),
@@ -655,33 +614,36 @@ PLAIN_NAME = re.compile(r"(?![-.])[^/\x00-\x1f\x7f]{1,100}")
 # fmt: off
 def value_faults(config: Config) -> list[str]:
     """Return a line for every value that no run can have and every two that exclude each other."""
-    c, q, own = config, config.query_budget_q, config.kind
-    match = SCOPE.fullmatch(c.scope)
-    old_name = OLD_HUB_NAMES.get(c.init_from or "")
+    c, q, own, family = config, config.query_budget_q, config.kind, config.family
+    match, old_name = SCOPE.fullmatch(c.scope), OLD_HUB_NAMES.get(c.init_from or "")
+    local = own.queries and not family.perturbs_weights and c.carry == "block"
+    idle = own.queries and family.perturbs_weights and not (q or own.interval or c.head == "closed_form")
     checks = [
-        (bool(match and int(match["first"] or 0) <= int(match["last"] or 0)), f"--scope {c.scope}: must be full, head, norms, embedding, reduced, "
-         "layerwise, or blocks:I-J with I up to J (blocks:0-1: the first two)"),
-        (c.run_name is None or PLAIN_NAME.fullmatch(c.run_name), f"--run_name {c.run_name!r}: must be a plain name of 1 to 100 characters, without "
-         "/ or control characters and without a leading dot or dash"),
-        (c.init_from is None or Path(c.init_from).is_dir() or HUB_ID.fullmatch(c.init_from), f"--init_from {c.init_from}: neither a folder nor a "
-         "hub id (OWNER/NAME)" + (f"; did you mean {old_name}?" if old_name else "")),
-        (c.block_size <= MAX_POSITIONS or c.init_from, f"--block_size {c.block_size}: the model has {MAX_POSITIONS} positions; lower it"),
-        (not own.interval or c.bp_interval, f"--bp_interval: --mode {c.mode} needs it (a number of steps, such as 5)"),
-        (q > 0 or own.always or own.interval or not FAMILIES[c.direction].perturbs_weights or c.head == "closed_form", "--query_budget_q 0: only for "
-         "--direction feedback or --head closed_form, which know something without queries, or where backpropagations are to be alone"),
-        (c.query_data == "shared" or not c.measures or c.batch_size % q == 0, f"--query_data distinct: --batch_size {c.batch_size} can't be divided "
-         f"evenly among --query_budget_q {q} queries; make it a multiple"),
-        (not own.queries or FAMILIES[c.direction].perturbs_weights or c.carry != "block" or q == 0, f"--query_budget_q {q}: has no effect with "
-         "--carry block, whose first block takes the error to the embedding"),
-        (not own.queries or FAMILIES[c.direction].optimizers is None or c.optimizer in FAMILIES[c.direction].optimizers, f"--optimizer {c.optimizer}: "
-         f"not for --direction {c.direction}: Muon would amplify rounding in the null space of a rank-q estimate; take sgd or adam"),
+        (match and int(match["first"] or 0) <= int(match["last"] or 0), f"--scope {c.scope}: must be full, head, norms, "
+         "embedding, reduced, layerwise, or blocks:I-J with I up to J (blocks:0-1: the first two)"),
+        (c.run_name is None or PLAIN_NAME.fullmatch(c.run_name), f"--run_name {c.run_name!r}: must be a plain name of 1 to "
+         "100 characters, without / or control characters and without a leading dot or dash"),
+        (c.init_from is None or Path(c.init_from).is_dir() or HUB_ID.fullmatch(c.init_from), f"--init_from {c.init_from}: "
+         "neither a folder nor a hub id (OWNER/NAME)" + (f"; did you mean {old_name}?" if old_name else "")),
+        (c.init_from or c.block_size <= MAX_POSITIONS, f"--block_size {c.block_size}: the model has {MAX_POSITIONS} "
+         "positions; lower it"),
+        (c.bp_interval or not own.interval, f"--bp_interval: --mode {c.mode} needs it (a number of steps, such as 5)"),
+        (not idle, "--query_budget_q 0: only for --direction feedback or --head closed_form, which know something without "
+         "queries, or where backpropagations are to be alone"),
+        (c.query_data == "shared" or not c.measures or c.batch_size % q == 0, f"--query_data distinct: --batch_size "
+         f"{c.batch_size} can't be divided evenly among --query_budget_q {q} queries; make it a multiple"),
+        (not (local and q), f"--query_budget_q {q}: has no effect with --carry block, whose first block takes the error to "
+         "the embedding"),
+        (not own.queries or c.optimizer in (family.optimizers or OPTIMIZERS), f"--optimizer {c.optimizer}: not for "
+         f"--direction {c.direction}: Muon would amplify rounding in the null space of a rank-q estimate; take sgd or adam"),
         (c.min_lr <= c.learning_rate, f"--min_lr {c.min_lr:g}: must be from 0 to the learning rate"),
-        (not c.use_lr_scheduler or c.warmup_steps < (c.max_steps or sys.maxsize), f"--warmup_steps {c.warmup_steps}: as long as the run of "
-         f"{c.max_steps} steps; lower it"),
+        (not c.use_lr_scheduler or c.warmup_steps < (c.max_steps or sys.maxsize), f"--warmup_steps {c.warmup_steps}: as "
+         f"long as the run of {c.max_steps} steps; lower it"),
         (not c.layerwise or not own.interval, f"--scope layerwise: only --mode FO and ZO have it, not {c.mode}"),
-        (not c.layerwise or c.head == "estimated", "--scope layerwise: the head is trained with the embedding, in the first stage; leave out "
-         "--head closed_form"),
-        (not c.layerwise or c.init_from is None, "--scope layerwise: gives every block new weights, and would undo those of --init_from; take blocks:I-J"),
+        (not c.layerwise or c.head == "estimated", "--scope layerwise: the head is trained with the embedding, in the first "
+         "stage; leave out --head closed_form"),
+        (not c.layerwise or c.init_from is None, "--scope layerwise: gives every block new weights, and would undo those of "
+         "--init_from; take blocks:I-J"),
     ]
     return [line for fine, line in checks if not fine]
 # fmt: on
@@ -695,7 +657,7 @@ def run_directories(path: str) -> list[Path]:
 
 ACTIONS = ("resume", "replay", "compare")
 BESIDE = {"replay": {"replay_step"}, "compare": {"log_dir"}}  # flags that have an effect beside these actions
-ALWAYS = {"debug", "num_threads", "device", "offline", "cache_dir"}
+ALWAYS = {"debug", "num_threads", "device", "offline", "cache_dir", "dry_run"}
 
 
 def action_faults(config: Config, given: set[str]) -> list[str]:
@@ -705,17 +667,14 @@ def action_faults(config: Config, given: set[str]) -> list[str]:
     if config.dry_run and actions:
         faults.append("--dry_run: is for a new run, not for --resume, --replay or --compare")
     for action in actions:
-        beside = given - {action} - ALWAYS - BESIDE.get(action, given) - {"dry_run"}
-        if action == "resume" and config.resume != "auto":
-            beside = given & {"log_dir"}
-        faults += [
-            f"--{name}: has no effect beside --{action}, whose flags are the run's own" for name in sorted(beside)
-        ]
+        beside = given - {action} - ALWAYS - BESIDE.get(action, given)
+        beside |= given & {"log_dir"} if action == "resume" and config.resume != "auto" else set()
+        why = f"has no effect beside --{action}, whose flags are the run's own"
+        faults += [f"--{name}: {why}" for name in sorted(beside)]
     if config.replay_step is not None and config.replay is None:
         faults.append("--replay_step: has no effect without --replay")
-    for path in config.compare or []:
-        if not run_directories(path):
-            faults.append(f"--compare {path}: neither a run directory nor a folder of some (no config.json)")
+    odd = [path for path in config.compare or [] if not run_directories(path)]
+    faults += [f"--compare {path}: neither a run directory nor a folder of some (no config.json)" for path in odd]
     for name in ("resume", "replay"):
         path = getattr(config, name)
         there = path in (None, "auto") or (Path(path) / "config.json").is_file()
@@ -726,28 +685,21 @@ def action_faults(config: Config, given: set[str]) -> list[str]:
 
 def useless_flags(config: Config, given: set[str]) -> list[str]:
     """Return a line for every given flag that would silently do nothing."""
-    needs = {name: NEEDS[FIELDS[name].metadata["needs"]] for name in given if "needs" in FIELDS[name].metadata}
-    return [
-        f"--{name}: has no effect without {words}" for name, (used, words) in sorted(needs.items()) if not used(config)
-    ]
+    needs = {name: NEEDS[FIELDS[name].metadata["needs"]] for name in sorted(given) if "needs" in FIELDS[name].metadata}
+    return [f"--{name}: has no effect without {words}" for name, (used, words) in needs.items() if not used(config)]
 
 
 def validate(config: Config, given: set[str], faulty: set[str]) -> list[str]:
     """Return every fault that shows without data, one line each; flags in `faulty` have had theirs."""
-    faults = action_faults(config, given) + package_faults(config) + export_faults(config)
+    faults = action_faults(config, given) + package_faults(config) + folder_faults(config)
     if not any(getattr(config, name) for name in ACTIONS):  # else the other flags are the run's own
-        faults += value_faults(config) + (useless_flags(config, given) if not faulty else [])
-        faults += [fault for source in config.sources for fault in dataset_faults(source)]
-        faults += tokenizer_faults(config.tokenizer_name) + stage_faults(config)
-        faults += [] if faults or faulty else folder_faults("--log_dir", Path(config.log_dir))
-        faults += [] if faults or faulty else folder_faults("--cache_dir", config.cache)
+        faults += value_faults(config) + (useless_flags(config, given) if not faulty else []) + text_faults(config)
     return [fault for fault in dict.fromkeys(faults) if fault.split()[0].strip(":,").removeprefix("--") not in faulty]
 
 
 def local_format(path: Path) -> str | None:
     """Return the format of a file, by its ending; None if it is not one of LOCAL_FORMATS."""
-    bare = path.with_suffix("") if path.suffix in COMPRESSIONS else path
-    return LOCAL_FORMATS.get(bare.suffix)
+    return LOCAL_FORMATS.get((path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix)
 
 
 def local_files(dataset: str) -> list[Path]:
@@ -757,25 +709,22 @@ def local_files(dataset: str) -> list[Path]:
     return [entry for entry in found if local_format(entry)]
 
 
-def dataset_faults(source: Source) -> list[str]:
+def dataset_fault(source: Source) -> str | None:
     """Return the fault of a name that is neither known, nor a hub id, nor readable files of one format."""
-    dataset, named = source.name, f"{source.flag} {source.name}"
-    if dataset == "embedded" or dataset in HUB_DATASETS:
-        return []
+    dataset, named, known = source.name, f"{source.flag} {source.name}", ["embedded", *HUB_DATASETS]
+    if dataset in known:
+        return None
     if Path(dataset).exists():
         files = local_files(dataset)
         if len({local_format(file) for file in files}) > 1:
-            return [f"{named}: holds files of several formats ({files[0].name}, ...); take a folder of one, or a file"]
-        if any(file.stat().st_size for file in files):
-            return []
-        return [f"{named}: must be a non-empty file, or a folder with some, ending in {' '.join(LOCAL_FORMATS)}"]
+            return f"{named}: holds files of several formats ({files[0].name}, ...); take a folder of one, or a file"
+        some = any(file.stat().st_size for file in files)
+        endings = " ".join(LOCAL_FORMATS)
+        return None if some else f"{named}: must be a non-empty file, or a folder with some, ending in {endings}"
     if HUB_ID.fullmatch(dataset) and not local_format(Path(dataset)):
-        return []
-    known = ["embedded", *HUB_DATASETS]
-    hint = f"known: {', '.join(known)}"
-    return [
-        f"{named}: neither a file, nor a hub id (OWNER/NAME), nor a known data set{nearest(dataset, known)}; {hint}"
-    ]
+        return None
+    hint = f"{nearest(dataset, known)}; known: {', '.join(known)}"
+    return f"{named}: neither a file, nor a hub id (OWNER/NAME), nor a known data set{hint}"
 
 
 def numbers(text: str, kind: type) -> list:
@@ -786,55 +735,45 @@ def numbers(text: str, kind: type) -> list:
     return values
 
 
-def stage_faults(config: Config) -> list[str]:
-    """Return the faults of the lengths and rates of --scope layerwise's stages."""
-    faults = []
+def text_faults(config: Config) -> list[str]:
+    """Return the faults of names of data sets and tokenizers, and of the lists of layerwise's stages."""
+    faults = [fault for source in config.sources if (fault := dataset_fault(source))]
+    name, size = config.tokenizer_name, config.tokenizer_name.removeprefix("bpe:")
+    if size != name and not (size.isdecimal() and len(size) < 9 and 257 <= int(size) <= 1_000_000):
+        faults.append(f"--tokenizer {name}: N must be from 257 (bytes and end of text) to 1,000,000")
     for name, kind in (("stage_epochs", int), ("stage_steps", int), ("stage_learning_rates", float)):
-        text = getattr(config, name)
         try:
-            numbers(text or "1", kind)
+            numbers(getattr(config, name) or "1", kind)
         except ValueError:
-            wanted = "whole numbers" if kind is int else "numbers"
-            faults.append(f"--{name} {text}: must be {wanted} above 0 with commas between them, such as 2,1")
+            wanted = f"{'whole ' * (kind is int)}numbers above 0 with commas between them, such as 2,1"
+            faults.append(f"--{name} {getattr(config, name)}: must be {wanted}")
     return faults
-
-
-def tokenizer_faults(name: str) -> list[str]:
-    """Return the fault of bpe:N with an N that is no vocabulary."""
-    size = name.removeprefix("bpe:")
-    if size == name or (size.isdecimal() and 257 <= int(size[:9]) <= 1_000_000 and len(size) < 9):
-        return []
-    return [f"--tokenizer {name}: N must be from 257 (bytes and end of text) to 1,000,000"]
 
 
 def package_faults(config: Config) -> list[str]:
     """Return the faults of trackers whose package is not installed."""
     wanted = {"tensorboard": config.tensorboard and "tensorboard", f"track {config.track}": config.track}
-    return [
-        f"--{named}: its package is not installed; run: pip install {package}"
-        for named, package in wanted.items()
-        if package and importlib.util.find_spec(package) is None
-    ]
+    missing = {flag: name for flag, name in wanted.items() if name and importlib.util.find_spec(name) is None}
+    return [f"--{flag}: its package is not installed; run: pip install {name}" for flag, name in missing.items()]
 
 
-def export_faults(config: Config) -> list[str]:
-    """Return the fault of an export folder that is there already or in a place that can't be written to."""
-    if config.export_dir is None:
-        return []
-    folder = Path(config.export_dir)
-    if folder.exists():
-        return [f"--export_dir {folder}: is there already; name a new folder"]
-    return folder_faults("--export_dir", folder.absolute().parent)
-
-
-def folder_faults(flag_name: str, folder: Path) -> list[str]:
-    """Return the fault of a folder that can't be made or written to; nothing is made."""
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            return []
-    except OSError as error:
-        return [f"{flag_name} {folder}: can't be written to ({error.strerror or error}); name another folder"]
+def folder_faults(config: Config) -> list[str]:
+    """Return the faults of folders that can't be made or written to, and of an export folder that is there; makes none."""
+    folders = {"--log_dir": Path(config.log_dir), "--cache_dir": config.cache}
+    folders = {} if config.resume or config.replay else folders
+    faults = []
+    if config.export_dir is not None:
+        folders["--export_dir"] = Path(config.export_dir)
+        if Path(config.export_dir).exists():
+            faults = [f"--export_dir {config.export_dir}: is there already; name a new folder"]
+    for name, folder in folders.items():
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            faults.append(f"{name} {folder}: can't be written to ({error.strerror or error}); name another folder")
+    return faults
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -2345,9 +2284,13 @@ def check_call(model, tensors: list[Tensor], inputs, labels, values: dict, choic
     own = {id(parameter) for parameter in model.parameters()}
     if odd := [tensor.name for tensor in tensors if id(tensor.parameter) not in own]:
         raise ValueError(f"{odd[0]} is not a parameter of this model")
+    check_ids(inputs, labels, model.get_input_embeddings().weight.shape[0])
+
+
+def check_ids(inputs: torch.Tensor, labels: torch.Tensor, vocabulary: int) -> None:
+    """Raise ValueError, in one line, for token ids that can't be used."""
     if inputs.ndim != 2 or inputs.shape != labels.shape or inputs.shape[1] < 2:
         raise ValueError(f"inputs {list(inputs.shape)} and labels {list(labels.shape)} must be [rows, T], T at least 2")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
     for name, ids in {"inputs": inputs, "labels": labels[labels != IGNORE_INDEX]}.items():
         if ids.is_floating_point() or bool(((ids < 0) | (ids >= vocabulary)).any()):
             raise ValueError(
@@ -4491,7 +4434,7 @@ class Job:
 def make_rule(setting: Setting, group: int, frequencies: np.ndarray) -> Rule:
     """Return the rule of steps that are not backpropagations."""
     config = setting.config
-    family = FAMILIES[config.direction]
+    family = config.family
     if not family.perturbs_weights:
         return family(setting, group)
     tensors = [tensor for tensor in setting.tensors if tensor is not setting.exact]
@@ -4513,9 +4456,7 @@ class Trainer:
         self.job, self.phase, self.config = job, phase, config
         tensors = choose_scope(model, phase.scope)
         closed = config.kind.queries and config.head == "closed_form"
-        if (
-            closed or (config.kind.queries and not FAMILIES[config.direction].perturbs_weights)
-        ) and not objective.sliced:
+        if (closed or (config.kind.queries and not config.family.perturbs_weights)) and not objective.sliced:
             raise UsageError(
                 "--head closed_form, --direction feedback: this model's logits are not its output layer applied to its hidden "
                 "states; take --head estimated and --direction gaussian"
@@ -4669,12 +4610,12 @@ def prepared(config: Config, run: RunDirectory | None, ranks: Ranks) -> Iterator
     with Workers(choose_device(config.device, ranks)) as workers:
         corpus = prepare_corpus(config, config.source, given_tokenizer(config), workers.device)
         unigram, bp_corpus = corpus.unigram_loss(), corpus
-        if config.bp_source and ranks.first:
-            bp_corpus = prepare_corpus(config, config.bp_source, corpus.tokenizer, workers.device)
+        if config.bp_dataset and ranks.first:
+            bp_corpus = prepare_corpus(config, config.sources[1], corpus.tokenizer, workers.device)
         model = build_model(config, corpus.tokenizer)
         if run is not None:
             facts = {"tokens_folder": corpus.folder.name, **corpus.about, "unigram_loss": unigram}
-            facts |= {"bp_tokens_folder": bp_corpus.folder.name} if config.bp_source else {}
+            facts |= {"bp_tokens_folder": bp_corpus.folder.name} if config.bp_dataset else {}
             facts |= {"weights": weights_digest(model)} if config.init_from else {}  # which a replay begins with
             run.pin("corpus.json", facts)
         model = model.to(workers.device)
@@ -4756,7 +4697,7 @@ def together(job: Job, start: Start) -> Start:
     return start
 
 
-def enter(job: Job, step: int, start: Start) -> Trainer:
+def enter(job: Job, step: int, start: Start, say: bool = False) -> Trainer:
     """Return the trainer of the phase that a step belongs to: with the checkpoint's state, or from new weights."""
     phase = job.phase(step)
     trainer = Trainer(job, phase)
@@ -4765,6 +4706,8 @@ def enter(job: Job, step: int, start: Start) -> Trainer:
     elif phase.number and step == phase.first:
         initialize(job.model, job.config.seed, phase.number)
     trainer.settle(step)
+    for line in trainer.banner() if say else []:
+        log.info(f"step {step}: {line}")
     return trainer
 
 
@@ -4950,10 +4893,7 @@ def train(job: Job, start: Start, trainer: Trainer) -> int:
         if account and done == 0:
             account.open(trainer)
         while done < job.total:
-            if done == trainer.phase.end:
-                trainer = enter(job, done, start)
-                for line in trainer.banner():
-                    log.info(f"step {done}: {line}")
+            trainer = enter(job, done, start, say=True) if done == trainer.phase.end else trainer
             record, measured = advance(job, trainer, done)
             tokens += round(trainer.rule(done).passes * batch)
             done += 1
@@ -5068,7 +5008,7 @@ def resumed_config(wanted: Config, given: set[str], path: Path) -> Config:
         lines = [f"--{name} {changes[name]}: the run has {getattr(stored, name)}" for name in sorted(refused)]
         raise UsageError("\n".join([f"--resume {path}: these flags shape the result and can't change", *lines]))
     config = dataclasses.replace(stored, **changes)
-    if faults := useless_flags(config, set(changes)) + export_faults(config):
+    if faults := useless_flags(config, set(changes)) + folder_faults(config):
         raise UsageError("\n".join(faults))
     return config
 

@@ -34,7 +34,7 @@ def masked(ids: torch.Tensor) -> torch.Tensor:
 class Setting:
     """A small Llama, its objective and some queries of a family, on a batch that is partly masked."""
 
-    def __init__(self, name: str, workers, q: int = 3, epsilon: float = 1e-5, dtype: str = "float64"):
+    def __init__(self, name: str, workers, q: int = 3, epsilon: float = 1e-4, dtype: str = "float64"):
         self.model, self.ids, self.labels = harness.llama(dtype), tokens(), masked(tokens())
         self.tensors = zo.trainable_tensors(self.model.named_parameters())
         self.objective, self.workers = zo.Objective(self.model, workers), workers
@@ -125,11 +125,11 @@ def test_losses_are_those_of_weights_moved_by_hand_on_both_paths(name, workers, 
             moved = copy.deepcopy(setting.model)
             with torch.no_grad():
                 for parameter, z in zip(moved.parameters(), zs):
-                    parameter.add_(z, alpha=sign * 1e-5)
+                    parameter.add_(z, alpha=sign * 1e-4)
                 loss = moved(input_ids=setting.ids, labels=setting.labels).loss.item()
             assert losses[query, column] == pytest.approx(loss, abs=1e-6)
         along = sum((part * z).sum().item() for part, z in zip(gradient, zs))
-        assert zo.projected_gradients(losses, 1e-5)[query] == pytest.approx(along, rel=1e-4, abs=1e-5)
+        assert zo.projected_gradients(losses, 1e-4)[query] == pytest.approx(along, rel=1e-3, abs=2e-3)
     for group in (1, 2, 3):
         np.testing.assert_allclose(setting.losses(group), losses, rtol=0, atol=1e-9)
     assert setting.unmoved()
@@ -243,7 +243,7 @@ def test_making_a_grid_rounds_once_and_names_what_is_not_finite(workers, small_b
 
 def estimate(model, ids: torch.Tensor, **how) -> tuple[list[torch.Tensor], torch.Tensor]:
     arguments = {"trainable_params": list(model.parameters()), "loss_fn": None, "inputs": ids, "labels": ids}
-    return zo.zo_gradient_estimator(model, **arguments | {"q": 3, "epsilon": 1e-5, "device": "cpu"} | how)
+    return zo.zo_gradient_estimator(model, **arguments | {"q": 3, "epsilon": 1e-4, "device": "cpu"} | how)
 
 
 @every_family
@@ -255,7 +255,7 @@ def test_the_function_returns_the_mean_of_c_z(name, parallel, workers):
     named = list(setting.model.named_parameters(remove_duplicate=False))
     grads, loss = estimate(setting.model, setting.ids, trainable_params=named, **how)
     losses = setting.losses()
-    c, zs = zo.projected_gradients(losses, 1e-5), [setting.directions(query) for query in range(3)]
+    c, zs = zo.projected_gradients(losses, 1e-4), [setting.directions(query) for query in range(3)]
     assert loss.item() == pytest.approx(losses.mean(), rel=1e-6)
     of = {id(t.parameter): sum(c[i] / 3 * zs[i][t.index] for i in range(3)) for t in setting.tensors}
     assert len(grads) == len(of) + 1  # a tied weight under both its names
@@ -321,13 +321,14 @@ def test_what_is_not_finite_is_a_floating_point_error_on_both_paths(tiny_llama, 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_and_gradients_are_transformers_and_autograds(tied, workers, monkeypatch):
-    """The next-token shift and the -100 labels, for one group and for several; and, with any number of workers, the closed
-    form: the output layer's gradient, which of a tied embedding is the output side's alone, and that of its input.
+    """The next-token shift and the -100 labels, for one group and for several; and, with any number of workers, the
+    closed form: the output layer's gradient, of a tied embedding the output side's alone, and that of its input.
     """
     for name, size in {"TILE_TOKENS": 5, "TILE_VOCABULARY": 3, "SLAB_VOCABULARY": 7}.items():
         monkeypatch.setattr(zo, name, size)
     model, ids = harness.llama("float64", tied), tokens(6)
-    tensors, objective, labels = zo.trainable_tensors(model.named_parameters()), zo.Objective(model, workers), masked(ids)
+    labels, tensors = masked(ids), zo.trainable_tensors(model.named_parameters())
+    objective = zo.Objective(model, workers)
     assert objective.sliced
     for group, loss in enumerate(objective.losses(ids, labels, 3).tolist()):
         rows = slice(2 * group, 2 * group + 2)
