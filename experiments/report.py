@@ -1,105 +1,155 @@
-"""The tables and the picture of RESULTS.md, from the runs that experiments/results.sh made.
+"""The tables and pictures of RESULTS.md and docs/benchmarks.md.
 
-python experiments/report.py logs/results docs/results.png
+    python experiments/report.py runs logs/tiny docs/results.png     groups of runs that differ in their seed alone
+    python experiments/report.py machines 1B                         a step on 64 machines, on paper, from pieces measured here
+
+A run's name without its date and seed is its group; the tables give the mean over seeds (least to largest).
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import re
+import statistics
 import sys
+import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-TITLES = {"tiny": "tiny (1.9M parameters, BPE of 4,096 tokens)", "20M": "20M (GPT-2's 50,257 tokens)"}
-KINDS = {  # name of the runs, without their seed or rate: (words, colour)
-    "gaussian": ("gaussian directions (MeZO's), sgd", "tab:gray"),
-    "head_alone": ("head in closed form, body frozen", "tab:olive"),
-    "feedback": ("feedback directions (default)", "tab:blue"),
-    "feedback_head": ("feedback directions, head in closed form", "tab:green"),
-    "unmeasured_head": ("the guess taken unmeasured, head in closed form", "tab:purple"),
-    "backpropagation": ("backpropagation, adam", "tab:red"),
-}
-MARKS = {"tiny": (0.1e6, 0.3e6, 1e6, 2e6, 2.5e6, 3e6, 4e6, 6e6), "20M": (0.05e6, 0.1e6, 0.2e6, 0.5e6, 1e6, 2e6)}
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 
 class Run:
-    """One run's validation losses against its forward tokens."""
+    """One run's validations."""
 
     def __init__(self, folder: Path):
-        self.name = re.sub(r"_\d{8}_\d{6}$", "", folder.name)
-        self.kind = re.sub(r"(_short|_long)?(_\d|_\de-\d)?$", "", self.name)
+        self.name = re.sub(r"_\d{8}_\d{6}(_\d+)?$", "", folder.name)
+        self.group = re.sub(r"_\d$", "", self.name)
         with open(folder / "metrics.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["val_loss"]]
-        self.steps = np.array([int(row["step"]) for row in rows])
-        self.tokens = np.array([float(row["forward_tokens"]) for row in rows])
-        self.losses = np.array([float(row["val_loss"]) for row in rows])
+        self.at = {
+            name: np.array([float(row[name]) for row in rows]) for name in ("step", "forward_tokens", "val_loss")
+        }
         self.seconds = float(rows[-1]["seconds"])
         self.memory = max(float(row["peak_memory_mib"]) for row in rows)
-        log = (folder / "train.log").read_text()
-        self.unigram = float(re.search(r"unigram: .* loss (\d+\.\d+)", log)[1])
-        self.size = re.search(r"model: Llama (\w+)", log)[1]
+        self.unigram = json.loads((folder / "corpus.json").read_text()).get("unigram_loss")
 
-    def at(self, tokens: float) -> str:
-        """The last validation loss within so many tokens; empty behind the run's end."""
-        if tokens > self.tokens[-1] * 1.01:
-            return ""
-        return f"{self.losses[self.tokens <= tokens * 1.01][-1]:.3f}"
-
-    def first_below(self, level: float) -> str:
-        """Tokens of the first validation below a level."""
-        below = np.flatnonzero(self.losses < level)
-        return f"{self.tokens[below[0]] / 1e6:.2f}M" if len(below) else "never"
+    def loss(self, axis: str, most: float) -> float | None:
+        """The last validation loss up to a step or number of tokens; None behind the run's end."""
+        inside = self.at[axis] <= most * 1.005
+        return None if most > self.at[axis][-1] * 1.05 else float(self.at["val_loss"][inside][-1])
 
 
-def table(runs: list[Run], size: str) -> list[str]:
-    """Validation loss at the marks, best and last, tokens to the unigram loss."""
-    marks = MARKS[size]
-    lines = ["| run | " + " | ".join(f"{mark / 1e6:g}M" for mark in marks) + " | last | below unigram at | minutes | peak MiB |"]
-    lines.append("|---" * (len(marks) + 5) + "|")
-    for run in runs:
-        cells = [run.name, *(run.at(mark) for mark in marks), f"{run.losses[-1]:.3f}", run.first_below(run.unigram)]
-        lines.append("| " + " | ".join([*cells, f"{run.seconds / 60:.1f}", f"{run.memory:.0f}"]) + " |")
+def spread(values: list[float | None], digits: int = 3) -> str:
+    """The mean (least to largest) of the values that are there."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return ""
+    mean = f"{statistics.mean(there):.{digits}f}"
+    return mean if len(there) == 1 else f"{mean} ({min(there):.{digits}f} to {max(there):.{digits}f})"
+
+
+def marks_of(runs: list[Run], axis: str) -> list[float]:
+    """Round marks along an axis, five at most."""
+    longest = max(run.at[axis][-1] for run in runs)
+    size = 10 ** int(np.log10(longest))
+    return [m for m in (size * k / 20 for k in (1, 2, 3, 6, 10, 20, 40, 60, 100, 200)) if m <= longest * 1.01][-6:]
+
+
+def table(groups: dict[str, list[Run]], axis: str, unit: float, suffix: str) -> list[str]:
+    """Validation loss of every group at marks along an axis."""
+    marks = marks_of([run for runs in groups.values() for run in runs], axis)
+    heads = [f"{mark / unit:g}{suffix}" for mark in marks]
+    lines = [
+        f"| run | seeds | {' | '.join(heads)} | last | lowest | minutes | peak MiB |",
+        "|---" * (len(marks) + 6) + "|",
+    ]
+    for name, runs in groups.items():
+        cells = [spread([run.loss(axis, mark) for run in runs]) for mark in marks]
+        cells += [
+            spread([float(run.at["val_loss"][pick(run)]) for run in runs])
+            for pick in (lambda r: -1, lambda r: np.argmin(r.at["val_loss"]))
+        ]
+        cells += [spread([run.seconds / 60 for run in runs], 1), f"{max(run.memory for run in runs):.0f}"]
+        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
     return lines
 
 
-def draw(runs: list[Run], path: Path) -> None:
-    """Validation loss against forward tokens, a panel a size, a line a run."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def draw(groups: dict[str, list[Run]], path: Path) -> None:
+    """Validation loss against steps and forward tokens, a colour a group, a line a run."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    sizes = [size for size in TITLES if any(run.size == size for run in runs)]
-    figure = Figure(figsize=(6.4 * len(sizes), 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, size in zip(np.atleast_1d(figure.subplots(1, len(sizes))), sizes):
-        seen = set()
-        for run in (run for run in runs if run.size == size):
-            words, colour = KINDS[run.kind]
-            later = run.tokens > 0
-            label = None if run.kind in seen else words
-            axis.plot(run.tokens[later] / 1e6, run.losses[later], color=colour, label=label, linewidth=1.2, alpha=0.9)
-            seen.add(run.kind)
-            unigram = run.unigram
-        axis.axhline(unigram, color="black", linestyle=":", linewidth=1, label="single-token frequencies")
-        axis.set(title=TITLES[size], xscale="log", xlabel="million tokens through forward passes", ylabel="validation loss, nats")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    for panel, axis in zip(figure.subplots(1, 2, sharey=True), ("step", "forward_tokens")):
+        for colour, (name, runs) in zip(colormaps["tab10"].colors * 3, groups.items()):
+            for number, run in enumerate(runs):
+                later = run.at[axis] > 0
+                label = None if number else name
+                panel.plot(
+                    run.at[axis][later], run.at["val_loss"][later], color=colour, lw=1.1, alpha=0.85, label=label
+                )
+        panel.set(xlabel=axis.replace("_", " "), xscale="log" if axis == "forward_tokens" else "linear")
+        panel.grid(alpha=0.3)
+        for level in {run.unigram for runs in groups.values() for run in runs if run.unigram}:
+            panel.axhline(level, color="black", ls=":", lw=1)
+    figure.axes[0].set_ylabel("validation loss, nats a token")
+    figure.axes[1].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-def main(folder: str, picture: str) -> None:
-    """Prints the tables and draws the picture."""
-    finished = sorted(path.parent for path in Path(folder).glob("*/*/finished.json"))
-    order = list(KINDS)
-    runs = sorted((Run(path) for path in finished), key=lambda run: (order.index(run.kind), run.name))
-    for size, title in TITLES.items():
-        chosen = [run for run in runs if run.size == size]
-        if chosen:
-            print(f"\n{title}; single-token frequencies give {chosen[0].unigram:.3f}\n")
-            print("\n".join(table(chosen, size)))
-    draw(runs, Path(picture))
+def report(folder: str, picture: str | None = None) -> None:
+    """Prints the tables of a folder of runs, and draws the picture."""
+    groups = defaultdict(list)
+    for path in sorted(Path(folder).glob("*/finished.json")):
+        run = Run(path.parent)
+        groups[run.group].append(run)
+    groups = dict(sorted(groups.items(), key=lambda item: statistics.mean(r.at["val_loss"][-1] for r in item[1])))
+    for axis, unit, suffix in (("step", 1, ""), ("forward_tokens", 1e6, "M")):
+        print(f"\nby {axis.replace('_', ' ')}\n")
+        print("\n".join(table(groups, axis, unit, suffix)))
+    if picture:
+        draw(groups, Path(picture))
+
+
+def machines(size: str, count: int = 64, q: int = 4096) -> None:
+    """Prints what a step of q queries takes on `count` machines: q/count queries on each, and the whole update on each."""
+    import reproduce_zo_paper as zo
+
+    zo.tune_process()
+    import test_zo_optimization as benchmark
+
+    def seconds(call) -> float:
+        call()
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+
+    with benchmark.bench(benchmark.sized_model(size), 4, 128) as b:
+        print(f"{size}: a forward pass of 4 x 128 tokens {seconds(b.loss):.3f} s\n")
+        print(
+            "| directions | a query, s | its update, s | step of one, s | of all, s | gain |\n|---|---|---|---|---|---|"
+        )
+        for name, family, group in (
+            ("gaussian, in place", zo.Gaussian(), 0),
+            ("rademacher, batched by 4", zo.Rademacher(), 4),
+            ("low rank, batched by 4", zo.LowRank(), 4),
+        ):
+            queries = zo.Queries(family, 0, 0, group or 1, 1e-3)
+            batch = lambda query: (b.ids, b.ids)  # noqa: E731
+            query = seconds(lambda f=queries, g=group: zo.query_losses(b.objective, b.tensors, batch, f, g)) / queries.q
+            many = zo.Queries(family, 0, 0, zo.FACTORS_AT_ONCE if name.startswith("low") else 2, 1e-3)
+            outs = [tensor.matrix for tensor in b.tensors]
+            weights = np.full(many.q, 1e-12)
+            update = seconds(lambda m=many, w=weights: zo.add_directions(outs, b.tensors, m, w, b.workers)) / many.q
+            one, all_ = q * (query + update), q / count * query + q * update
+            print(f"| {name} | {query:.3f} | {update:.4f} | {one:.0f} | {all_:.0f} | {one / all_:.1f} |", flush=True)
+    print(f"\n{16 * q / count:.0f} bytes of losses leave a machine in a step")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"runs": report, "machines": machines}[sys.argv[1]](*sys.argv[2:])

