@@ -16,7 +16,7 @@ so no direction is stored, both ways to evaluate queries agree, and a run needs 
 
 Sections, each calling only those above it (the parser alone asks FAMILIES, under Rules, for its choices): Configuration,
 Randomness, Processes, Loss, Directions, Estimation, Optimization, Rules (how a step is measured and its record applied),
-Data, Model and evaluation, Run directory, Reporting, Phases, Training.
+Data, Model, Evaluation, Run directory, Reporting, Phases (what a run keeps for each, and account of), Training.
 
 Where things go: a direction family is a class beside `Gaussian` and a line in FAMILIES; an optimizer is a line in
 `Optimizer._make` and in OPTIMIZERS; a metrics column is a name in METRICS and a value in `Account.row`; a file format is a
@@ -1096,6 +1096,12 @@ class Ranks:
     def hand_out(self, content=None):
         """Return rank 0's object; the others wait for it."""
         return self.gather(content, "at the start")[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out: Python, numpy, torch on CUDA and torch on a CPU each say it in their own way."""
+    texts = ("can't allocate memory", "not enough memory", "out of memory", "unable to allocate")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -3803,7 +3809,7 @@ class Console(logging.Handler):
     """Lines on the console, above a progress bar; rank 0 has it, other ranks run the same lines without."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.tqdm.write(record.getMessage(), file=sys.stderr if record.levelno >= logging.ERROR else sys.stdout)
+        tqdm.tqdm.write(record.getMessage())
 
 
 class LogFile(logging.FileHandler):
@@ -3828,24 +3834,21 @@ class Journal:
         self.start = zlib.crc32(identity.encode())  # of each checksum: another run's line does not fit
         self.path, self.places, self.memory, self.damaged, self.flushed = path, {}, {}, 0, time.monotonic()
         if path is not None:
-            with storing(path):
-                self.file = open(path, "a+b", buffering=0)  # noqa: SIM115
-                self._index()
+            self._open()
 
-    def _index(self) -> None:
+    def _open(self) -> None:
         self.places, self.damaged, at = {}, 0, 0
-        self.file.seek(0)
-        for line in io.BufferedReader(io.FileIO(self.path)):
-            found = {match.start(): self._parse(match.group()) for match in self.RECORD.finditer(line)}
-            self.places |= {record.step: at + start for start, record in found.items() if record is not None}
-            self.damaged += list(found) != [0] or None in found.values() or not line.endswith(b'"}\n')
-            at += len(line)
+        with storing(self.path):
+            self.file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
+            for line in io.BufferedReader(io.FileIO(self.path)):
+                found = {match.start(): self._parse(match.group()) for match in self.RECORD.finditer(line)}
+                self.places |= {record.step: at + start for start, record in found.items() if record is not None}
+                self.damaged += list(found) != [0] or None in found.values() or not line.endswith(b'"}\n')
+                at += len(line)
 
     def _line(self, record: Record) -> bytes:
-        values = vars(record) | {
-            "projected_grads": [None if math.isnan(c) else c for c in record.projected_grads.tolist()]
-        }
-        body = json.dumps(values)[:-1]
+        c = [None if math.isnan(value) else value for value in record.projected_grads.tolist()]
+        body = json.dumps(vars(record) | {"projected_grads": c})[:-1]
         return f'{body}, "crc32": "{zlib.crc32(body.encode(), self.start):08x}"}}\n'.encode()
 
     def _parse(self, line: bytes) -> Record | None:
@@ -3881,11 +3884,10 @@ class Journal:
         end = next(step for step in itertools.count(start) if step not in self.places)
         if self.damaged or any(step >= end for step in self.places):
             content = b"".join(self._line(self.get(step)) for step in sorted(self.places) if step < end)
+            self.close()
             with storing(self.path):
-                self.file.close()
                 write_whole(self.path, content)
-                self.file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
-            self._index()
+            self._open()
         return end
 
     def close(self) -> None:
@@ -3898,9 +3900,23 @@ class RunDirectory:
     """One run's folder. A fresh run makes its own; nothing in it is written over but what belongs to it."""
 
     def __init__(self, path: Path, config: Config):
+        """Hold an existing folder, for this process alone; its metrics are read, what a kill has left is cleared away."""
         self.path, self.config, self.checkpoints = path, config, path / "checkpoints"
-        self.rows: list[dict[str, str]] = []
-        self.lock, self.handler = filelock.FileLock(path / ".lock"), None
+        self.lock = filelock.FileLock(path / ".lock")
+        with storing(path):
+            try:
+                self.lock.acquire(timeout=LOCK_PATIENCE)
+            except filelock.Timeout as error:
+                raise UsageError(f"{path}: another process is running it") from error
+            self.checkpoints.mkdir(exist_ok=True)
+            previous, best = self.checkpoints / ".previous_best", self.checkpoints / "best"
+            if previous.exists() and not best.exists():
+                previous.rename(best)
+            for left_over in (*self.checkpoints.glob(".partial_*"), previous):
+                shutil.rmtree(left_over, ignore_errors=True)
+            self.rows = read_metrics(path / "metrics.csv")
+            self.handler = LogFile(path / "train.log", encoding="utf-8")
+        log.addHandler(self.handler)
 
     @classmethod
     def create(cls, config: Config) -> RunDirectory:
@@ -3913,40 +3929,15 @@ class RunDirectory:
                 with contextlib.suppress(FileExistsError):
                     path.mkdir(parents=True)
                     break
-            run = cls(path, config)
-            run.checkpoints.mkdir()
-            run._acquire()
-            run.write_config()
-            run.keep_rows(0)
-        return run
-
-    @classmethod
-    def open(cls, path: Path, config: Config) -> RunDirectory:
-        """Open an existing run's folder, for this process alone; its metrics are read, a torn last row is cut."""
         run = cls(path, config)
-        with storing(path):
-            run.checkpoints.mkdir(exist_ok=True)
-            run._acquire()
-            if (run.checkpoints / ".previous_best").exists() and not (run.checkpoints / "best").exists():
-                (run.checkpoints / ".previous_best").rename(run.checkpoints / "best")
-            for left_over in (*run.checkpoints.glob(".partial_*"), *run.checkpoints.glob(".previous_*")):
-                shutil.rmtree(left_over, ignore_errors=True)
-            run.rows = read_metrics(path / "metrics.csv")
+        run.write_config()
+        run.keep_rows(0)
         return run
-
-    def _acquire(self) -> None:
-        try:
-            self.lock.acquire(timeout=LOCK_PATIENCE)
-        except filelock.Timeout as error:
-            raise UsageError(f"{self.path}: another process is running it") from error
-        self.handler = LogFile(self.path / "train.log", encoding="utf-8")
-        log.addHandler(self.handler)
 
     def close(self) -> None:
         """Let go of the folder."""
-        if self.handler is not None:
-            log.removeHandler(self.handler)
-            self.handler.close()
+        log.removeHandler(self.handler)
+        self.handler.close()
         self.lock.release()
 
     def write_config(self) -> None:
@@ -3955,7 +3946,8 @@ class RunDirectory:
         versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
         about = {"flags": flags, "flags_sha256": flags_digest(flags), "versions": versions}
         about |= {"machine": platform.platform(), "git_commit": git_commit()}
-        write_whole(self.path / "config.json", json.dumps(about, indent=1) + "\n")
+        with storing(self.path):
+            write_whole(self.path / "config.json", json.dumps(about, indent=1) + "\n")
 
     def pin(self, name: str, facts: dict) -> None:
         """Write facts that must hold for the whole run, once; raises UsageError where they have changed since."""
@@ -3963,26 +3955,23 @@ class RunDirectory:
         if not path.exists():
             with storing(path):
                 write_whole(path, json.dumps(facts, indent=1) + "\n")
-        elif read_json(path) != facts:
-            raise UsageError(f"{path}: not what the run began with (it was {read_json(path)}, it is {facts})")
+        elif (begun := read_json(path)) != facts:
+            raise UsageError(f"{path}: not what the run began with (it was {begun}, it is {facts})")
 
     def add_row(self, row: dict[str, str]) -> None:
         """Append a row to metrics.csv."""
         self.rows.append(row)
         if len(self.rows) > 1 and int(row["step"]) < int(self.rows[-2]["step"]):  # it fills a gap that damage left
             self.rows.sort(key=lambda each: int(each["step"]))
-            self.keep_rows(int(self.rows[-1]["step"]))
-            return
-        with (
-            storing(self.path / "metrics.csv"),
-            open(self.path / "metrics.csv", "a", newline="", encoding="utf-8") as file,
-        ):
+            return self.keep_rows(int(self.rows[-1]["step"]))
+        path = self.path / "metrics.csv"
+        with storing(path), open(path, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, METRICS, lineterminator="\n").writerow(row)
+        return None
 
     def keep_rows(self, last_step: int) -> None:
         """Write metrics.csv anew with the rows up to a step."""
-        self.rows = [row for row in self.rows if int(row["step"]) <= last_step]
-        content = io.StringIO()
+        self.rows, content = [row for row in self.rows if int(row["step"]) <= last_step], io.StringIO()
         writer = csv.DictWriter(content, METRICS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
@@ -4022,12 +4011,11 @@ class RunDirectory:
         """Write a checkpoint's model and tokenizer, with a model card, as a folder that is whole or not there."""
         final = Path(self.config.export_dir)
         staged = final.with_name(f".partial_{final.name}")
+        ours = shutil.ignore_patterns("optimizer.safetensors", "state.json", MANIFEST)
         with storing(final):
             final.absolute().parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(staged, ignore_errors=True)
-            shutil.copytree(
-                checkpoint, staged, ignore=shutil.ignore_patterns("optimizer.safetensors", "state.json", MANIFEST)
-            )
+            shutil.copytree(checkpoint, staged, ignore=ours)
             (staged / "README.md").write_text(card, "utf-8")
             finish_folder(staged, final)
         return final
@@ -4064,8 +4052,8 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 
 
 def read_config(path: Path) -> Config:
-    """Return a run's flags from its config.json, flags that are younger than it at their defaults; raises UsageError where
-    it was damaged or changed by hand.
+    """Return a run's flags from its config.json, flags that are younger than it at their defaults; raises UsageError
+    where it was damaged or changed by hand.
     """
     where, about = path / "config.json", read_json(path / "config.json")
     flags = about.get("flags")
@@ -4350,7 +4338,7 @@ def draw_comparison(found: list[tuple[Compared, str]], path: Path) -> Path:
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Training                                                                                                         │
+# │ Phases                                                                                                           │
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 
@@ -4594,123 +4582,6 @@ def check_space(job: Job, trainer: Trainer) -> None:
         )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out: Python, numpy, torch on CUDA and torch on a CPU each say it in their own way."""
-    texts = ("can't allocate memory", "not enough memory", "out of memory", "unable to allocate")
-    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
-
-
-@contextlib.contextmanager
-def prepared(config: Config, run: RunDirectory | None, ranks: Ranks) -> Iterator[Job]:
-    """Put device, data, model and journal in place; nothing is trained."""
-    go_offline_if_needed(config)
-    quiet_libraries()
-    if threads := cpu_threads(config, ranks):
-        torch.set_num_threads(threads)
-    with Workers(choose_device(config.device, ranks)) as workers:
-        corpus = prepare_corpus(config, config.source, given_tokenizer(config), workers.device)
-        unigram, bp_corpus = corpus.unigram_loss(), corpus
-        if config.bp_dataset and ranks.first:
-            bp_corpus = prepare_corpus(config, config.sources[1], corpus.tokenizer, workers.device)
-        model = build_model(config, corpus.tokenizer)
-        if run is not None:
-            facts = {"tokens_folder": corpus.folder.name, **corpus.about, "unigram_loss": unigram}
-            facts |= {"bp_tokens_folder": bp_corpus.folder.name} if config.bp_dataset else {}
-            facts |= {"weights": weights_digest(model)} if config.init_from else {}  # which a replay begins with
-            run.pin("corpus.json", facts)
-        model = model.to(workers.device)
-        objective = Objective(model, workers, torch.bfloat16 if config.dtype == "bfloat16" else None)
-        with contextlib.closing(Journal(run and run.path / "journal.jsonl", config.identity)) as journal:
-            yield Job(config, run, ranks, corpus, bp_corpus, model, objective, journal, unigram)
-
-
-def quiet_libraries() -> None:
-    """Turn off libraries' progress bars and advice, which would drown the run's own lines."""
-    importlib.import_module("transformers.utils.logging").set_verbosity_error()
-    importlib.import_module("transformers.utils.logging").disable_progress_bar()
-
-
-class Start(NamedTuple):
-    """Where training goes on: the step, the stage and state of its checkpoint, tokens through forward passes before."""
-
-    step: int
-    stage: int
-    forward_tokens: int
-    state: dict[str, torch.Tensor]
-
-
-def restored(job: Job) -> Start:
-    """Return where to go on, with the newest whole checkpoint's weights in the model, else the initial ones."""
-    start, load_file = Start(0, 0, 0, {}), importlib.import_module("safetensors.torch").load_file
-    for folder in reversed(job.run.checkpoint_folders()):
-        fault = folder_fault(folder)
-        about = {} if fault else read_json(folder / "state.json")
-        if fault is None and about.get("run") != job.config.identity:
-            fault = "it is another run's"
-        if fault is None:
-            try:
-                weights = load_file(folder / "model.safetensors")
-                with torch.no_grad():
-                    for name, parameter in job.model.named_parameters():
-                        parameter.copy_(weights[name])
-                state = load_file(folder / "optimizer.safetensors")
-                start = Start(about["step"], about["stage"], about["forward_tokens"], state)
-                break
-            except (LookupError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-                raise UsageError(f"{folder}: does not fit this run ({first_line(error)})") from error
-        log.warning(f"passed over {folder}: {fault}")
-        set_aside(folder)
-    damaged = job.journal.damaged
-    known = job.journal.reach(start.step)
-    if damaged:
-        log.warning(f"{job.journal.path}: {damaged} damaged records, of no use")
-    if job.total < known:
-        raise UsageError(f"--max_steps {job.total}: the run has reached step {known}; name a number from there on")
-    job.run.keep_rows(known)
-    log.info(f"resuming from step {start.step}, then {known - start.step} steps from the journal")
-    return start
-
-
-def together(job: Job, start: Start) -> Start:
-    """Bring all ranks to where rank 0 is, and check that they are alike; return where that is."""
-    ranks, journal = job.ranks, job.journal
-    if ranks.size == 1:
-        return start
-    shapes = {name: (value.dtype, value.shape) for name, value in start.state.items()}
-    ahead = [journal.get(step) for step in sorted(journal.places) if step >= start.step] if ranks.first else None
-    header, ahead = ranks.hand_out(((start[:3], shapes), ahead))
-    if not ranks.first:
-        journal.memory = {record.step: record for record in ahead}
-        start = Start(*header[0], {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in header[1].items()})
-    if start.step:
-        ranks.broadcast([*start.state.values(), *(p.data for p in job.model.parameters())], "at the start")
-    device = job.objective.device
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    facts = {
-        "tokens": file_digest(job.corpus.folder / MANIFEST)[:12],
-        "weights": sample_digest(job.model, job.config.seed, start.step)[:12],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "versions": versions,
-    }
-    ranks.same(facts)
-    ranks.sent = 0
-    return start
-
-
-def enter(job: Job, step: int, start: Start, say: bool = False) -> Trainer:
-    """Return the trainer of the phase that a step belongs to: with the checkpoint's state, or from new weights."""
-    phase = job.phase(step)
-    trainer = Trainer(job, phase)
-    if start.state and start.stage == phase.number:
-        trainer.load(start.state)
-    elif phase.number and step == phase.first:
-        initialize(job.model, job.config.seed, phase.number)
-    trainer.settle(step)
-    for line in trainer.banner() if say else []:
-        log.info(f"step {step}: {line}")
-    return trainer
-
-
 DRAW_SECONDS = 60  # from one loss.png to the next, at validations
 
 
@@ -4860,6 +4731,122 @@ class Account:
             "tokenizer": f"{config.tokenizer_name}, {len(self.job.corpus.tokenizer):,} tokens",
             "single-token frequencies give": f"{self.job.unigram:.4f}",
         }
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Training                                                                                                         │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+@contextlib.contextmanager
+def prepared(config: Config, run: RunDirectory | None, ranks: Ranks) -> Iterator[Job]:
+    """Put device, data, model and journal in place; nothing is trained."""
+    go_offline_if_needed(config)
+    quiet_libraries()
+    if threads := cpu_threads(config, ranks):
+        torch.set_num_threads(threads)
+    with Workers(choose_device(config.device, ranks)) as workers:
+        corpus = prepare_corpus(config, config.source, given_tokenizer(config), workers.device)
+        unigram, bp_corpus = corpus.unigram_loss(), corpus
+        if config.bp_dataset and ranks.first:
+            bp_corpus = prepare_corpus(config, config.sources[1], corpus.tokenizer, workers.device)
+        model = build_model(config, corpus.tokenizer)
+        if run is not None:
+            facts = {"tokens_folder": corpus.folder.name, **corpus.about, "unigram_loss": unigram}
+            facts |= {"bp_tokens_folder": bp_corpus.folder.name} if config.bp_dataset else {}
+            facts |= {"weights": weights_digest(model)} if config.init_from else {}  # which a replay begins with
+            run.pin("corpus.json", facts)
+        model = model.to(workers.device)
+        objective = Objective(model, workers, torch.bfloat16 if config.dtype == "bfloat16" else None)
+        with contextlib.closing(Journal(run and run.path / "journal.jsonl", config.identity)) as journal:
+            yield Job(config, run, ranks, corpus, bp_corpus, model, objective, journal, unigram)
+
+
+def quiet_libraries() -> None:
+    """Turn off libraries' progress bars and advice, which would drown the run's own lines."""
+    importlib.import_module("transformers.utils.logging").set_verbosity_error()
+    importlib.import_module("transformers.utils.logging").disable_progress_bar()
+
+
+class Start(NamedTuple):
+    """Where training goes on: the step, the stage and state of its checkpoint, tokens through forward passes before."""
+
+    step: int
+    stage: int
+    forward_tokens: int
+    state: dict[str, torch.Tensor]
+
+
+def restored(job: Job) -> Start:
+    """Return where to go on, with the newest whole checkpoint's weights in the model, else the initial ones."""
+    start, load_file = Start(0, 0, 0, {}), importlib.import_module("safetensors.torch").load_file
+    for folder in reversed(job.run.checkpoint_folders()):
+        fault = folder_fault(folder)
+        about = {} if fault else read_json(folder / "state.json")
+        if fault is None and about.get("run") != job.config.identity:
+            fault = "it is another run's"
+        if fault is None:
+            try:
+                weights = load_file(folder / "model.safetensors")
+                with torch.no_grad():
+                    for name, parameter in job.model.named_parameters():
+                        parameter.copy_(weights[name])
+                state = load_file(folder / "optimizer.safetensors")
+                start = Start(about["step"], about["stage"], about["forward_tokens"], state)
+                break
+            except (LookupError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+                raise UsageError(f"{folder}: does not fit this run ({first_line(error)})") from error
+        log.warning(f"passed over {folder}: {fault}")
+        set_aside(folder)
+    damaged = job.journal.damaged
+    known = job.journal.reach(start.step)
+    if damaged:
+        log.warning(f"{job.journal.path}: {damaged} damaged records, of no use")
+    if job.total < known:
+        raise UsageError(f"--max_steps {job.total}: the run has reached step {known}; name a number from there on")
+    job.run.keep_rows(known)
+    log.info(f"resuming from step {start.step}, then {known - start.step} steps from the journal")
+    return start
+
+
+def together(job: Job, start: Start) -> Start:
+    """Bring all ranks to where rank 0 is, and check that they are alike; return where that is."""
+    ranks, journal = job.ranks, job.journal
+    if ranks.size == 1:
+        return start
+    shapes = {name: (value.dtype, value.shape) for name, value in start.state.items()}
+    ahead = [journal.get(step) for step in sorted(journal.places) if step >= start.step] if ranks.first else None
+    header, ahead = ranks.hand_out(((start[:3], shapes), ahead))
+    if not ranks.first:
+        journal.memory = {record.step: record for record in ahead}
+        start = Start(*header[0], {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in header[1].items()})
+    if start.step:
+        ranks.broadcast([*start.state.values(), *(p.data for p in job.model.parameters())], "at the start")
+    device = job.objective.device
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    facts = {
+        "tokens": file_digest(job.corpus.folder / MANIFEST)[:12],
+        "weights": sample_digest(job.model, job.config.seed, start.step)[:12],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": versions,
+    }
+    ranks.same(facts)
+    ranks.sent = 0
+    return start
+
+
+def enter(job: Job, step: int, start: Start, say: bool = False) -> Trainer:
+    """Return the trainer of the phase that a step belongs to: with the checkpoint's state, or from new weights."""
+    phase = job.phase(step)
+    trainer = Trainer(job, phase)
+    if start.state and start.stage == phase.number:
+        trainer.load(start.state)
+    elif phase.number and step == phase.first:
+        initialize(job.model, job.config.seed, phase.number)
+    trainer.settle(step)
+    for line in trainer.banner() if say else []:
+        log.info(f"step {step}: {line}")
+    return trainer
 
 
 def check_ranks(job: Job, done: int) -> None:
@@ -5018,7 +5005,7 @@ def run_or_resume(config: Config, given: set[str], ranks: Ranks) -> int:
     run = None
     if ranks.first and config.resume:
         path = newest_unfinished(Path(config.log_dir)) if config.resume == "auto" else Path(config.resume)
-        run = RunDirectory.open(path, resumed_config(config, given, path))
+        run = RunDirectory(path, resumed_config(config, given, path))
     elif ranks.first:
         run = RunDirectory.create(config)
     try:
@@ -5041,7 +5028,7 @@ def replay(wanted: Config, ranks: Ranks) -> int:
     config = read_config(Path(wanted.replay))
     beside = {name: getattr(wanted, name) for name in ("num_threads", "offline", "cache_dir") if getattr(wanted, name)}
     config = dataclasses.replace(config, **beside)
-    run = RunDirectory.open(Path(wanted.replay), config)
+    run = RunDirectory(Path(wanted.replay), config)
     with contextlib.closing(run), prepared(config, run, ranks) as job:
         journal = job.journal
         last = max(journal.places, default=-1) + 1

@@ -1,12 +1,9 @@
 """Benchmarks and tests of the zeroth-order estimator of reproduce_zo_paper.py.
 
-As a program it measures five groups and prints each figure beside its target; under pytest the same functions assert,
-at a scale that takes a minute on two cores, and nothing depends on the time.
-
     python test_zo_optimization.py                              all groups, about a quarter of an hour on two cores
     python test_zo_optimization.py --full --json tables.json    q = 8, 16, 32 and models up to 1B (24 GiB of memory)
     python test_zo_optimization.py --only speed --queries 8 --repetitions 9 --profile
-    pytest test_zo_optimization.py
+    pytest test_zo_optimization.py                              the same functions in a minute; nothing depends on the time
 
     speed           seconds of one step, update included, over those of its forward passes alone
     ranks           seconds of a step of two processes, a thread each, over those of one; bytes that are sent
@@ -14,22 +11,23 @@ at a scale that takes a minute on two cores, and nothing depends on the time.
     equivalence     in place against batched, drift of the weights, and the signal-to-noise of c over epsilon
     compatibility   calls without the new arguments, commands without the new flags, models of other kinds
 
-Sections: Material, Tables, Speed, Ranks, Memory, Equivalence, Compatibility, Program, Tests. What is printed above a table is
-the docstring of the function that makes it.
+Each figure is printed beside its target; above a table stands the docstring of the function that makes it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
+import copy
 import ctypes
 import functools
 import gc
 import inspect
+import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -39,39 +37,38 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
 import reproduce_zo_paper as zo
 
-MEMORY_CHILD = "--memory_child"
-if "torch" not in sys.modules and MEMORY_CHILD not in sys.argv:
-    zo.tune_process()  # before torch is imported, as the script does
+if "torch" not in sys.modules and multiprocessing.parent_process() is None:
+    zo.tune_process()  # before torch is imported, as the script does; not where memory is measured
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-CPU = torch.device("cpu")
 LEARNING_RATE = 1e-7  # an update costs the same at any rate; this one leaves the model where it is
-BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # on this CPU's own instructions; emulated, it says nothing
+BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # by this CPU's own instructions; emulated, it says nothing
 
-# ---- Material: models, batches, families ---------------------------------------------------------------------------
+# ---- Material ------------------------------------------------------------------------------------------------------
 
 COMMON = {"vocab_size": 211, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "attn_implementation": "eager"}
 DEEP = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
-LLAMA_LIKE = {**COMMON, **DEEP, "intermediate_size": 48, "num_key_value_heads": 2}
-BIASED = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
+LLAMA_LIKE = {**COMMON, **DEEP, "intermediate_size": 48, "num_key_value_heads": 2, "tie_word_embeddings": False}
 SMALL_MODELS = {
     "Llama": ("Llama", {**LLAMA_LIKE, "tie_word_embeddings": True}),
     "GPT-2": ("GPT2", {**COMMON, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "Qwen2": ("Qwen2", {**LLAMA_LIKE, "tie_word_embeddings": True}),
     "OPT": ("OPT", {**COMMON, **DEEP, "ffn_dim": 48, "word_embed_proj_dim": 24}),
-    "Llama, biases, untied head": ("Llama", {**LLAMA_LIKE, **BIASED}),
-    "Phi, head with bias": ("Phi", {**LLAMA_LIKE, "tie_word_embeddings": False}),
+    "Llama, biases, untied head": ("Llama", {**LLAMA_LIKE, "attention_bias": True, "mlp_bias": True}),
+    "Phi, head with bias": ("Phi", LLAMA_LIKE),
 }
+SMALL_BLOCKS = {"BLOCK_ELEMENTS": {"cpu": 1 << 10}, "BLOCK_ELEMENTS_ACCELERATOR": 1 << 10}  # several in a small tensor
+SMALL_BLOCKS |= {"TILE_TOKENS": 16, "TILE_VOCABULARY": 64, "SLAB_VOCABULARY": 64}
 
 
 def sized_model(size: str) -> torch.nn.Module:
@@ -93,24 +90,16 @@ def small_model(name: str = "Llama", dtype: torch.dtype = torch.float64, **chang
     return model.to(dtype).eval()
 
 
-def random_ids(rows: int, tokens: int, vocabulary: int = 211) -> torch.Tensor:
-    """Token ids, int64 [rows, tokens]."""
-    return torch.randint(0, vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
+class Bench(contextlib.ExitStack):
+    """A model, its tensors, a batch of random tokens that every query sees, and workers: what a step needs."""
 
-
-def small_blocks() -> contextlib.AbstractContextManager:
-    """Blocks and tiles so small that small models have several of each."""
-    sizes = {"TILE_TOKENS": 16, "TILE_VOCABULARY": 64, "SLAB_VOCABULARY": 64}
-    return mock.patch.multiple(zo, BLOCK_ELEMENTS={"cpu": 1 << 10}, BLOCK_ELEMENTS_ACCELERATOR=1 << 10, **sizes)
-
-
-class Bench:
-    """A model, its tensors, one batch that every query sees, and workers: what a step needs."""
-
-    def __init__(self, model: torch.nn.Module, ids: torch.Tensor, workers: zo.Workers, compute_dtype=None):
-        self.model, self.ids, self.workers = model, ids, workers
+    def __init__(self, model: torch.nn.Module, rows: int, tokens: int, compute_dtype=None, device: str = "cpu"):
+        super().__init__()
+        self.model, self.workers = model.to(device), self.enter_context(zo.Workers(torch.device(device)))
+        generator, vocabulary = torch.Generator().manual_seed(0), model.config.vocab_size
+        self.ids = torch.randint(vocabulary, (rows, tokens), generator=generator).to(device)
         self.tensors = zo.trainable_tensors(model.named_parameters())
-        self.objective = zo.Objective(model, workers, compute_dtype)
+        self.objective = zo.Objective(model, self.workers, compute_dtype)
 
     def queries(self, family: str, q: int, epsilon: float = 1e-3, step: int = 0) -> zo.Queries:
         return zo.Queries(FAMILIES[family](self), 0, step, q, epsilon)
@@ -123,8 +112,8 @@ class Bench:
         """Of every query at plus and minus, in place (group 0) or batched."""
         return zo.query_losses(self.objective, self.tensors, lambda _: (self.ids, self.ids), queries, group, grid)
 
-    def c(self, queries: zo.Queries, group: int = 0) -> np.ndarray:
-        return zo.projected_gradients(self.losses(queries, group), queries.epsilon)
+    def c(self, queries: zo.Queries, group: int = 0, grid: zo.Grid | None = None) -> np.ndarray:
+        return zo.projected_gradients(self.losses(queries, group, grid), queries.epsilon)
 
     def weights(self) -> list[torch.Tensor]:
         return [tensor.matrix.clone() for tensor in self.tensors]
@@ -140,35 +129,20 @@ class Bench:
     def optimizer(self, name: str = "sgd") -> zo.Optimizer:
         return zo.Optimizer(name, self.tensors, self.workers, outer=zo.outer_parameters(self.model))
 
-    def feedback(self, carry: str, optimizer: str) -> tuple[float, Callable[[int], None]]:
-        """What a step of --direction feedback counts in forward passes, and the step: measure and apply."""
+    def feedback(self, carry: str, optimizer: str) -> tuple[zo.Feedback, Callable[[int], None]]:
+        """The rule of --direction feedback, and a step of it: measure and apply."""
         config = zo.Config(direction="feedback", carry=carry, optimizer=optimizer)
         made = (self.objective, self.tensors, None, self.optimizer(optimizer), zo.Ranks())
         rule = zo.Feedback(zo.Setting(config, *made, lambda step: self.ids, lambda step: self.ids, lambda step: 1.0), 0)
-        return rule.passes, lambda number: rule.finish(rule.measure(number, LEARNING_RATE))
+        return rule, lambda number: rule.finish(rule.measure(number, LEARNING_RATE))
 
 
-@contextlib.contextmanager
-def bench(model: torch.nn.Module, rows: int, tokens: int, compute=None, device: torch.device = CPU) -> Iterator[Bench]:
-    """A Bench on random tokens, for as long as its workers live."""
-    with zo.Workers(device) as workers:
-        yield Bench(model.to(device), random_ids(rows, tokens, model.config.vocab_size).to(device), workers, compute)
+ISOTROPIC = {"gaussian": lambda b: zo.Gaussian(), "rademacher": lambda b: zo.Rademacher()}
+ISOTROPIC |= {f"lowrank r={rank}": lambda b, rank=rank: zo.LowRank(rank) for rank in (1, 2)}
+FAMILIES = {**ISOTROPIC, "aligned r=2": lambda b: zo.Aligned(2).look(b.objective, b.tensors, b.ids, 0)}
+FAMILIES |= {"guided": lambda b: zo.Guided(zo.Gaussian(), b.gradient(), 0.5)}
 
-
-ISOTROPIC = {
-    "gaussian": lambda b: zo.Gaussian(),
-    "rademacher": lambda b: zo.Rademacher(),
-    "lowrank r=1": lambda b: zo.LowRank(1),
-    "lowrank r=2": lambda b: zo.LowRank(2),
-}
-FAMILIES = ISOTROPIC | {
-    "aligned r=2": lambda b: zo.Aligned(2).look(b.objective, b.tensors, b.ids, 0),
-    "guided": lambda b: zo.Guided(zo.Gaussian(), b.gradient(), 0.5),
-}
-
-
-# ---- Tables --------------------------------------------------------------------------------------------------------
-# A table is a list of rows, a row a dict from column to value; `target` and `result` are columns like others.
+# ---- Tables: lists of rows, a row a dict from column to value ------------------------------------------------------
 
 
 def judged(row: dict, bounds: dict[str, float]) -> dict:
@@ -178,35 +152,28 @@ def judged(row: dict, bounds: dict[str, float]) -> dict:
 
 
 def cell(value) -> str:
-    if not isinstance(value, float):
-        return "-" if value is None else str(value)
-    small = 0 < abs(value) < 1e-3 or abs(value) >= 1e5
-    return "0" if value == 0 else f"{value:.1e}" if small else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+    if not isinstance(value, float) or value == 0:
+        return {None: "-", 0: "0"}.get(value, str(value)) if value is not False else "no"
+    return f"{value:.1e}" if not 1e-3 <= abs(value) < 1e5 else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
 
 
 def print_table(title: str, about: str, rows: list[dict]) -> None:
-    """An aligned table: text to the left, numbers to the right."""
-    print(f"\n{title}\n{about}\n", flush=True)
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-    cells = [[cell(row.get(column, "")) for column in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *cells)]
-    right = [any(isinstance(row.get(column), (int, float)) for row in rows) for column in columns]
-    for values in (columns, ["-" * width for width in widths], *cells):
-        line = "  ".join(v.rjust(w) if to_right else v.ljust(w) for v, w, to_right in zip(values, widths, right))
-        print("  " + line.rstrip(), flush=True)
+    lines = [columns, *([cell(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print(f"\n{title}\n{about}\n")
+    for line in (lines[0], ["-" * width for width in widths], *lines[1:]):
+        print("  " + "  ".join(value.ljust(width) for value, width in zip(line, widths)).rstrip(), flush=True)
 
 
-def timed(calls: dict[object, Callable[[int], object]], repetitions: int) -> dict[object, list[float]]:
+def timed(calls: dict[str, Callable[[int], object]], repetitions: int) -> dict[str, list[float]]:
     """Seconds of each call(number), numbers from 1, one after the other in an order that rotates; call(0) warms up."""
-    for call in calls.values():
-        call(0)
     names, seconds = list(calls), {name: [] for name in calls}
-    for number in range(1, repetitions + 1):
-        turn = (number - 1) % len(names)
-        for name in names[turn:] + names[:turn]:
+    for number in range(repetitions + 1):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             began = time.perf_counter()
             calls[name](number)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name] += [time.perf_counter() - began] * (number > 0)
     return seconds
 
 
@@ -218,16 +185,15 @@ def over(one: Sequence[float], other: Sequence[float]) -> float:
 # ---- Speed ---------------------------------------------------------------------------------------------------------
 
 FORWARD, TEXTBOOK, IN_PLACE = "2q forward passes alone", "textbook MeZO", "in place, gaussian"
-TARGETS = {
+TARGETS = {  # of the steps that have it in their names
+    "in place": {"/ forward": 1.60},
     "gaussian": {"/ forward": 1.30, "/ in place": 0.85},
     "rademacher": {"/ forward": 1.15, "/ in place": 0.85},
     "lowrank r=1": {"/ forward": 1.03, "/ MeZO": 0.5},
 }
 
 
-def textbook_mezo_step(
-    b: Bench, q: int, number: int, learning_rate: float = LEARNING_RATE, epsilon: float = 1e-3
-) -> None:
+def mezo_step(b: Bench, q: int, number: int, learning_rate: float = LEARNING_RATE, epsilon: float = 1e-3) -> None:
     """MeZO as published (Malladi et al. 2023, Algorithms 1 and 2 with n = q), z materialised a parameter at a time.
 
     theta += eps z, loss, theta -= 2 eps z, loss, theta += eps z; then theta -= (lr / q) c_i z_i, z drawn again each time.
@@ -249,86 +215,61 @@ def textbook_mezo_step(
         perturb(seed, -learning_rate / q * projected_grad)
 
 
+def contenders(b: Bench, q: int) -> dict[str, Callable[[int], object]]:
+    """Steps by name, as the trainer makes them (settle, measure, update); with number 0, to warm up, of fewer queries."""
+
+    def step(family: str, group: int, number: int) -> None:
+        queries = b.queries(family, q if number else max(1, group), step=number)
+        sgd.apply_estimate(b.tensors, queries, b.c(queries, group, b.grid(queries)), LEARNING_RATE)
+
+    sgd, steps = b.optimizer(), {FORWARD: lambda number: [b.loss() for _ in range(2 * q)]}
+    steps |= {TEXTBOOK: lambda number: mezo_step(b, q if number else 1, number)}
+    steps |= {IN_PLACE: functools.partial(step, "gaussian", 0)}
+    pairs = itertools.product(list(TARGETS)[1:], (4, 8))
+    return steps | {f"batched by {group}, {family}": functools.partial(step, family, group) for family, group in pairs}
+
+
 def speed_table(
     size: str, q: int, repetitions: int, dtype: torch.dtype, rows: int = 4, tokens: int = 128
 ) -> list[dict]:
-    """One step, update included, over its 2q forward passes alone, textbook MeZO, and itself in place. passes: the same
-    in forward passes of the batch, beside those that the script counts. feedback: a step with one query of its own
-    kind, whatever q; adam, its default, costs what no pass shows.
+    """One step, update included, over its 2q forward passes alone, over textbook MeZO, and over itself in place. passes: the
+    same in forward passes of the batch, beside those that the script counts. feedback: a step with one query of its own
+    kind; what adam, its default, costs is in no pass.
     """
-    with bench(sized_model(size), rows, tokens, dtype) as b:
-
-        def estimator(family: str, group: int) -> Callable[[int], None]:
-            def step(number: int) -> None:  # as the trainer does it: settle, measure, update; few queries to warm up
-                queries = b.queries(family, q if number else max(1, group), step=number)
-                c = zo.projected_gradients(b.losses(queries, group, b.grid(queries)), queries.epsilon)
-                sgd.apply_estimate(b.tensors, queries, c, LEARNING_RATE)
-
-            return step
-
-        sgd, counted, bounds = b.optimizer(), {}, {IN_PLACE: {"/ forward": 1.60}}
-        steps = {FORWARD: lambda number: [b.loss() for _ in range(2 * q)]}
-        steps[TEXTBOOK] = lambda number: textbook_mezo_step(b, q if number else 1, number)
-        steps[IN_PLACE] = estimator("gaussian", 0)
-        for family, group in itertools.product(TARGETS, (4, 8)):
-            name = f"batched by {group}, {family}"
-            steps[name], bounds[name] = estimator(family, group), TARGETS[family]
-        for carry, optimizer in itertools.product(("branch", "stream"), ("adam", "sgd")):
-            name = f"feedback {carry}, {optimizer}"
-            counted[name], steps[name] = b.feedback(carry, optimizer)
-        seconds, table = timed(steps, repetitions), []
+    with Bench(sized_model(size), rows, tokens, dtype) as b:
+        pairs = itertools.product(("branch", "stream"), ("adam", "sgd"))
+        rules = {f"feedback {carry}, {optimizer}": b.feedback(carry, optimizer) for carry, optimizer in pairs}
+        seconds = timed(contenders(b, q) | {name: step for name, (_, step) in rules.items()}, repetitions)
+    table = []
     for name, taken in seconds.items():
-        row = {"q": q, "dtype": str(dtype)[6:], "step": name, "seconds": statistics.median(taken)}
-        bases = {} if name in counted else {"/ forward": FORWARD, "/ MeZO": TEXTBOOK, "/ in place": IN_PLACE}
+        row = {
+            "q": 1 if name in rules else q,
+            "dtype": str(dtype)[6:],
+            "step": name,
+            "seconds": statistics.median(taken),
+        }
+        bases = {"/ forward": FORWARD, "/ MeZO": TEXTBOOK, "/ in place": IN_PLACE} if name not in rules else {}
         row |= {column: over(taken, seconds[base]) for column, base in bases.items()}
-        row |= {"passes": over(taken, seconds[FORWARD]) * 2 * q, "counted": counted.get(name, 2.0 * q)}
-        table.append(judged(row, bounds.get(name, {})))
+        row |= {"passes": over(taken, seconds[FORWARD]) * 2 * q}
+        row |= {"counted": rules[name][0].passes if name in rules else 2.0 * q}
+        table.append(judged(row, next((TARGETS[key] for key in TARGETS if key in name), {})))
     return table
 
 
-def profile_table(
-    size: str, repetitions: int, q: int = 8, group: int = 4, rows: int = 4, tokens: int = 128
-) -> list[dict]:
-    """Milliseconds of a step's pieces, each timed alone (median), times how often a step runs it; float32."""
-    with bench(sized_model(size), rows, tokens) as b, torch.no_grad():
-        hidden = torch.randn(2 * group, rows * (tokens - 1), b.model.config.hidden_size)
-        targets, ids = torch.zeros(hidden.shape[:2], dtype=torch.int64), b.ids.repeat(2 * group, 1)
-        blocks = [(tensor, block) for tensor in b.tensors for block in tensor.blocks]
-        outs, scalars, positions, pieces = (
-            [t.matrix for t in b.tensors],
-            np.full(group, 1e-12),
-            itertools.cycle((1, 0)),
-            {},
-        )
-        plain = zo.HeadTiles(b.objective.head, 1, 1)
-
-        def add(step: str, piece: str, times: int, call: Callable[[], object]) -> None:
-            pieces[step, piece, times] = lambda number: call()
-
-        def body(batched: zo.Batched) -> None:
-            with batched.installed():
-                b.objective.hidden(ids)
-
-        add("forward passes", "body", 2 * q, lambda: b.objective.hidden(b.ids))
-        add("forward passes", "head", 2 * q, lambda: zo.token_losses(hidden[:1], targets[:1], plain, b.workers))
-        for family in TARGETS:
-            queries, step = b.queries(family, group), f"batched by {group}, {family}"
-            z, grid = queries.directions(0, b.tensors), b.grid(queries)
-            one = zo.Batched(b.objective, b.tensors, queries, range(group), rows, tokens)
-            draws = functools.partial(b.workers.each, lambda it, z=z: zo.draw(z[it[0].index], *it, b.workers), blocks)
-            update = functools.partial(zo.add_directions, outs, b.tensors, queries, scalars, b.workers)
-            add(step, "body", q // group, functools.partial(body, one))
-            head = lambda one=one: zo.token_losses(hidden, targets, one.head_tiles(hidden), b.workers)  # noqa: E731
-            add(step, "head", q // group, head)
-            add(step, "update", q // group, update)
-            if "lowrank" not in family:
-                add(step, "draws (in these)", 2 * q, draws)
-            if family == "gaussian":
-                add(IN_PLACE, "settle", 1, functools.partial(b.grid, queries))
-                add(IN_PLACE, "perturb", 3 * q, lambda z=z, grid=grid: grid.move(z, next(positions)))
-        seconds = timed(pieces, repetitions)
-    each = {key: statistics.median(taken) * 1e3 for key, taken in seconds.items()}
-    return [{"step": s, "piece": p, "ms": ms, "times": n, "ms a step": ms * n} for (s, p, n), ms in each.items()]
+def profile_table(size: str, q: int, rows: int = 4, tokens: int = 128) -> list[dict]:
+    """Where the milliseconds of a step go: operators, summed over all threads (the workers' draws are normal_, random_)."""
+    every_thread, table = torch._C._profiler._ExperimentalConfig(profile_all_threads=True), []
+    with Bench(sized_model(size), rows, tokens) as b:
+        for name, step in contenders(b, q).items():
+            step(0)
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            with torch.profiler.profile(activities=activities, experimental_config=every_thread) as profile:
+                step(1)
+            slowest = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)[:6]
+            table += [
+                {"step": name, "operator": e.key, "calls": e.count, "ms": e.self_cpu_time_total / 1e3} for e in slowest
+            ]
+    return table
 
 
 # ---- Ranks ---------------------------------------------------------------------------------------------------------
@@ -338,41 +279,32 @@ RANK_CASES = {
     "batched by 4, low rank": "--direction lowrank --parallel_q_computation",
     "batched by 4, feedback": "--direction feedback --parallel_q_computation",
 }
-RANK_STEPS = 4
 
 
-def rank_run(processes: int, flags: str, folder: Path, name: str) -> tuple[float, int, str]:
-    """Seconds of a step, bytes that rank 0 sent in one, and the SHA-256 of the weights that a run ends with.
-
-    A step's seconds are those of metrics.csv from the second step to the last but one.
-    """
-    script = str(Path(zo.__file__).resolve())
+def rank_run(processes: int, flags: str) -> tuple[float, int, str]:
+    """Seconds of a step (from the second to the third), bytes that rank 0 sent in one, a digest of the weights at the end."""
     start = [] if processes == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    words = f"{flags} --num_threads 1 --run_name {name} --log_dir {folder} --max_steps {RANK_STEPS}".split()
-    done = subprocess.run([sys.executable, *start, script, *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(words)}: {done.stderr}")
-    (run,) = folder.glob(f"{name}_2*")
-    at = {int(row["step"]): float(row["seconds"]) for row in metrics(run)}
-    sent = re.search(r"sent the others (\d+) bytes a step", (run / "train.log").read_text())
-    seconds = (at[RANK_STEPS - 1] - at[1]) / (RANK_STEPS - 2)
-    return seconds, int(sent[1]) if sent else 0, zo.file_digest(next(run.glob("checkpoints/step*/model.safetensors")))
+    with tempfile.TemporaryDirectory() as folder:
+        words = f"{zo.__file__} {flags} --num_threads 1 --log_dir {folder} --max_steps 4 --log_interval 1".split()
+        done = subprocess.run([sys.executable, *start, *words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(words)}: {done.stderr}")
+        (run,) = Path(folder).iterdir()
+        at = {int(row["step"]): float(row["seconds"]) for row in zo.read_metrics(run / "metrics.csv")}
+        sent = re.search(r"sent the others (\d+) bytes a step", (run / "train.log").read_text())
+        digest = zo.file_digest(next(run.glob("checkpoints/step*/model.safetensors")))
+    return (at[3] - at[1]) / 2, int(sent[1]) if sent else 0, digest
 
 
 def ranks_table(size: str, q: int, repetitions: int, rows: int, tokens: int, cases=tuple(RANK_CASES)) -> list[dict]:
-    """Two processes with a thread each, over one process with one thread: whole commands, one after the other; the
-    weights must be the same bit for bit. bytes are what rank 0 sends the other in a step.
+    """Two processes with a thread each, over one process with one thread: whole commands, one after the other; the weights
+    must be the same bit for bit. bytes are what rank 0 sends the other in a step.
     """
     table = []
     for case in cases:
-        flags = (
-            f"{RANK_CASES[case]} --model_size {size} --query_budget_q {q} --batch_size {rows} --block_size {tokens} "
-        )
-        flags += "--max_samples 100 --eval_samples 1 --eval_interval 1000 --log_interval 1 --save_interval 1000"
-        with tempfile.TemporaryDirectory() as folder:
-            pairs = itertools.product(range(repetitions), (1, 2))
-            found = [rank_run(count, flags, Path(folder), f"r{number}_{count}") for number, count in pairs]
-        seconds, sent, digests = zip(*found)
+        flags = f"{RANK_CASES[case]} --model_size {size} --query_budget_q {q} --batch_size {rows} --block_size {tokens}"
+        runs = [rank_run(count, f"{flags} --max_samples 100 --eval_samples 1") for count in (1, 2) * repetitions]
+        seconds, sent, digests = zip(*runs)
         row = {
             "step": case,
             "one process, s": statistics.median(seconds[::2]),
@@ -384,18 +316,14 @@ def ranks_table(size: str, q: int, repetitions: int, rows: int, tokens: int, cas
 
 
 # ---- Memory --------------------------------------------------------------------------------------------------------
-# Each size in a process of its own, two figures an operation, both beyond what is there when it begins.
-#   allocator   peak of the running sum of the bytes that torch's allocator gives and takes, from torch.profiler's
-#               [memory] events. These show the calling thread alone, so the figure is taken with one torch thread, where
-#               workers run inline, and the scratch of one worker is added for each thread that is missing.
-#   resident    the process's peak (VmHWM, reset through /proc/self/clear_refs) less its resident size before, with all
-#               threads. Freed memory goes back to the system at once there, else old pages would hide new ones.
-# The allocator's figure is the claim; the resident one, which also has libraries' buffers, is its check.
+# Each size in a process of its own, two figures an operation, both beyond what is there when it begins. The allocator's
+# is the claim: the peak of the running sum of the bytes in torch.profiler's [memory] events. These show the calling thread
+# alone: it is taken with one thread, and the scratch of one worker is added for each that is missing. The resident one,
+# with all threads and libraries' buffers, is its check: the process's peak (VmHWM, reset by /proc/self/clear_refs).
 
-MIB, MEMORY_GROUP = 2**20, 4
-FEEDBACK_MEMORY = ("feedback branch", "feedback stream")
-MEMORY_OPERATIONS = ("forward", "in place", *FEEDBACK_MEMORY, "batched by 4", "low rank by 4", "sgd", "sgd, low rank")
-MEMORY_OPERATIONS += ("classical", "adam", "mudamw")
+MEMORY_GROUP = 4
+MEMORY_OPERATIONS = ("forward", "in place", "batched by 4", "low rank by 4", "sgd", "sgd, low rank", "feedback branch")
+MEMORY_OPERATIONS += ("feedback stream", "classical", "adam", "mudamw")
 
 
 def classical_losses(b: Bench, epsilon: float = 1e-3) -> None:
@@ -404,20 +332,19 @@ def classical_losses(b: Bench, epsilon: float = 1e-3) -> None:
     for scale in (epsilon, -epsilon, 0.0):
         for tensor, original, direction in zip(b.tensors, kept, z):
             torch.add(original, direction, alpha=scale, out=tensor.matrix)
-        losses += [b.loss()] if scale else []
-    gradients = [direction * ((losses[0] - losses[1]) / (2 * epsilon)) for direction in z]
-    del gradients
+        losses.append(b.loss() if scale else 0.0)
+    _ = [direction * ((losses[0] - losses[1]) / (2 * epsilon)) for direction in z]
 
 
 def memory_operation(name: str, b: Bench) -> Callable[[], object]:
     """What is measured under that name; all that it needs beforehand exists when this returns."""
     queries = b.queries("lowrank r=1" if "low rank" in name else "gaussian", 1 if name == "in place" else MEMORY_GROUP)
-    if name in FEEDBACK_MEMORY:
+    if name.startswith("feedback"):  # with sgd: without an optimizer's state
         return functools.partial(b.feedback(name.split()[1], "sgd")[1], 0)
     if name in ("forward", "classical"):
-        return b.loss if name == "forward" else lambda: classical_losses(b)
+        return b.loss if name == "forward" else functools.partial(classical_losses, b)
     if name == "in place" or name.endswith("by 4"):
-        return lambda: b.losses(queries, 0 if name == "in place" else MEMORY_GROUP)
+        return functools.partial(b.losses, queries, 0 if name == "in place" else MEMORY_GROUP)
     optimizer = b.optimizer(name.partition(",")[0])
     for each in optimizer.each.values():  # of Muon's five iterations, which need the same memory, one
         each.param_groups[0].update({"ns_steps": 1} if "ns_steps" in each.param_groups[0] else {})
@@ -425,17 +352,16 @@ def memory_operation(name: str, b: Bench) -> Callable[[], object]:
 
 
 def allocator_peak(operation: Callable[[], object], workers: zo.Workers, threads: int) -> int:
-    """Bytes at the peak by the allocator, on one thread, with the scratch of the workers that are missing."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         operation()
-    events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-    ordered = sorted(events, key=lambda event: event.start_ns())
-    peak = max(itertools.accumulate((event.nbytes() for event in ordered), initial=0))
-    return peak + (threads - 1) * sum(buffer.nbytes for buffer in workers._scratch.__dict__.values())
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    missing = (threads - 1) * sum(buffer.nbytes for buffer in workers._scratch.__dict__.values())
+    return max(itertools.accumulate(sizes, initial=0)) + missing
 
 
-def resident_peak(operation: Callable[[], object], *_) -> int | None:
-    """Bytes at the process's peak; None where the system does not show it."""
+def resident_peak(operation: Callable[[], object], *_) -> int | float:
+    """NaN where the system does not show it."""
 
     def status(field: str) -> int:
         return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -448,56 +374,52 @@ def resident_peak(operation: Callable[[], object], *_) -> int | None:
         before = status("VmRSS")
         operation()
         return status("VmHWM") - before
-    return None
+    return math.nan
 
 
-def memory_child(size: str, rows: int, tokens: int, threads: int, names: Sequence[str]) -> dict:
-    """In a fresh process: both figures of each operation, {name: [allocator, resident]}, in bytes.
+def memory_child(size: str, rows: int, tokens: int, threads: int, names: Sequence[str]) -> list[tuple]:
+    """(name, allocator, resident) of each operation, in MiB, in a fresh process.
 
     A tiny model goes first, so that what libraries load at their first use is charged to nobody. The resident figures
     are all taken before the first allocator's, since the profiler leaves holes in the heap that would be used again.
     """
     tiny, model = sized_model("tiny"), sized_model(size)
 
-    def measured(name: str, measure: Callable, count: int) -> int | None:
+    def measured(name: str, measure: Callable, count: int) -> float:
         torch.set_num_threads(count)
-        with bench(tiny, rows, tokens) as b:
+        with Bench(tiny, rows, tokens) as b:
             memory_operation(name, b)()
-        with bench(model, rows, tokens) as b:
-            return measure(memory_operation(name, b), b.workers, threads)
+        with Bench(model, rows, tokens) as b:
+            return measure(memory_operation(name, b), b.workers, threads) / 2**20
 
     resident = [measured(name, resident_peak, threads) for name in names]
-    allocator = [measured(name, allocator_peak, 1) for name in names]
-    sizes = [parameter.nbytes for parameter in model.parameters()]
-    return {"parameters": sum(sizes), "largest": max(sizes), "figures": dict(zip(names, zip(allocator, resident)))}
+    sizes = [parameter.nbytes / 2**20 for parameter in model.parameters()]
+    known = [("parameters", sum(sizes), math.nan), ("largest parameter", max(sizes), math.nan)]
+    return known + [(name, measured(name, allocator_peak, 1), peak) for name, peak in zip(names, resident)]
 
 
 def memory_table(
     size: str, rows: int, tokens: int, threads: int, names: Sequence[str] = MEMORY_OPERATIONS
 ) -> list[dict]:
     """MiB beyond the parameters. Targets, by the allocator: in place, forward + 8; batched by g, 2g times the forward pass
-    + 16; the sgd update 8 (scratch); feedback, a whole step with sgd, four of the largest tensor beside the forward
-    pass: it forms gradients, a block's at a time, and the embedding's is as large. Others are for comparison.
+    + 16; the sgd update 8 (scratch). feedback: a whole step, which holds true gradients: a block's at a time, and the
+    embedding's, whose size, that of the largest parameter, is unavoidable. Others are for comparison.
     """
     settings = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TOP_PAD_": "0"}
-    command = [sys.executable, __file__, MEMORY_CHILD, json.dumps([size, rows, tokens, threads, list(names)])]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings}, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the memory of {size} could not be measured: {done.stderr[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    forward, largest, table = found["figures"]["forward"][0] / MIB, found["largest"] / MIB, []
+    with mock.patch.dict(os.environ, settings), multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(
+            memory_child, (size, rows, tokens, threads, names)
+        )  # freed memory is given back at once there
+    forward = next(allocator for name, allocator, _ in found if name == "forward")
     bounds = {"in place": forward + 8, "sgd": 8, "sgd, low rank": 8}
     bounds |= dict.fromkeys(("batched by 4", "low rank by 4"), 2 * MEMORY_GROUP * forward + 16)
-    for name, (allocator, resident) in found["figures"].items():
-        row = {"model": size, "parameters": found["parameters"] / MIB, "largest tensor": largest, "operation": name}
-        row |= {"allocator": allocator / MIB, "resident": None if resident is None else resident / MIB}
-        table.append(judged(row, {"allocator": bounds[name]} if name in bounds else {}))
-    return table
+    table = [dict(zip(("model", "operation", "allocator", "resident"), (size, *row))) for row in found]
+    return [judged(row, {"allocator": bounds[n]} if (n := row["operation"]) in bounds else {}) for row in table]
 
 
 # ---- Equivalence ---------------------------------------------------------------------------------------------------
 
-EQUIVALENCE_DTYPES = {  # of the weights, of computation; epsilon; targets: bfloat16 has eight bits
+DTYPES = {  # of the weights, of computation; epsilon; targets: bfloat16 has eight bits
     "float64": (torch.float64, None, 1e-4, {"c": 1e-9}),
     "float32": (torch.float32, None, 1e-3, {"loss": 1e-6, "grouping": 1e-6}),
     "bfloat16": (torch.float32, torch.bfloat16, 1e-3, {"loss": 1e-2, "grouping": 1e-2}),
@@ -509,22 +431,16 @@ def rms(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
 
 
-@contextlib.contextmanager
-def no_fallback() -> Iterator[None]:
-    """Where the batched path falls back to the sequential one, it would be compared with itself: an error."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="queries are evaluated one after the other")
-        yield
-
-
-def equivalence(name: str, family: str, dtype: str, q: int = 7, device: torch.device = CPU) -> dict:
-    """Both paths on one small model, which is settled first: differences, and what became of the weights."""
-    stored, compute, epsilon, _ = EQUIVALENCE_DTYPES[dtype]
-    with small_blocks(), no_fallback(), bench(small_model(name, stored), 3, 13, compute, device) as b:
-        queries = b.queries(family, q, epsilon)
+def compared(model: torch.nn.Module, family="gaussian", dtype="float64", tokens: int = 13, device: str = "cpu") -> dict:
+    """Both paths on one small model, settled first: differences, what became of the weights, whether one fell back."""
+    stored, compute, epsilon, _ = DTYPES[dtype]
+    patched, caught = mock.patch.multiple(zo, **SMALL_BLOCKS), warnings.catch_warnings(record=True)
+    with patched, caught as said, Bench(model.to(stored), 3, tokens, compute, device) as b:
+        warnings.simplefilter("always")
+        queries = b.queries(family, 7, epsilon)
         grid, before = b.grid(queries), b.weights()
         one, restored = b.losses(queries, 0, grid), all(map(torch.equal, before, b.weights()))
-        losses = np.stack([b.losses(queries, group) for group in (1, 2, 3, q)])
+        losses = np.stack([b.losses(queries, group) for group in (1, 2, 3, 7)])
         untouched = all(map(torch.equal, before, b.weights()))
     apart, scale = losses - one, rms(zo.projected_gradients(one, epsilon))
     return {
@@ -532,7 +448,8 @@ def equivalence(name: str, family: str, dtype: str, q: int = 7, device: torch.de
         "c": float(np.max(np.abs(apart[..., 0] - apart[..., 1])) / (2 * epsilon) / scale),
         "grouping": float(np.max(np.ptp(losses, axis=0) / one)),
         "weights": ("restored" if restored else "MOVED") + ", " + ("untouched" if untouched else "TOUCHED"),
-        "losses": (one, losses),
+        "fell back": any("one after the other" in str(each.message) for each in said),
+        "losses": [one, *losses],
     }
 
 
@@ -542,164 +459,67 @@ def equivalence_table() -> list[dict]:
     at a time). The rounding of a loss reaches c amplified by 1/(2 epsilon). grouping: of a loss between two groupings.
     """
     table = []
-    for dtype, family in itertools.product(EQUIVALENCE_DTYPES, FAMILIES):
+    for dtype, family in itertools.product(DTYPES, FAMILIES):
         names = ("Llama", "GPT-2") if dtype == "bfloat16" else SMALL_MODELS  # where it is emulated, it takes its time
-        found = [equivalence(name, family, dtype) for name in names]
-        row = {"dtype": dtype, "family": family, "epsilon": EQUIVALENCE_DTYPES[dtype][2]}
-        row |= {key: max(figures[key] for figures in found) for key in ("loss", "c", "grouping")}
-        row["weights"] = "; ".join(sorted({figures["weights"] for figures in found}))
-        table.append(judged(row, EQUIVALENCE_DTYPES[dtype][3]))
+        found = [compared(small_model(name), family, dtype) for name in names]
+        row = {"dtype": dtype, "family": family, "epsilon": DTYPES[dtype][2]}
+        row |= {key: max(each[key] for each in found) for key in ("loss", "c", "grouping", "fell back")}
+        row |= {"weights": "; ".join(sorted({each["weights"] for each in found}))}
+        table.append(judged(row, DTYPES[dtype][3]))
     return table
 
 
 def drift_table(count: int) -> list[dict]:
-    """Largest change of a weight after queries in place (three perturbations each), over the spread of all weights, no update
-    made. The weights are on their grid; textbook MeZO perturbs them as they are.
+    """Largest change of a weight after queries (three perturbations each), over the spread of all weights, no update made.
+    The weights are on their grid; textbook MeZO perturbs them as they are.
     """
-    table = []
-    with bench(small_model("Llama", torch.float32), 1, 4) as b:
-        queries = b.queries("gaussian", count)
-        for path, times, act in (
-            ("putting them on the grid, once", 0, lambda: b.grid(queries)),
-            ("in place, on the grid", count, lambda: b.losses(queries)),
-            ("textbook MeZO", count, lambda: textbook_mezo_step(b, count, 0, learning_rate=0.0)),
-        ):
-            before = b.weights()
-            act()
+    with Bench(small_model("Llama", torch.float32), 1, 4) as b:
+        queries, table = b.queries("gaussian", count), []
+        acts = {
+            "putting them on the grid, once": lambda: b.grid(queries),
+            "in place, on the grid": lambda: b.losses(queries),
+        }
+        acts |= {TEXTBOOK: lambda: mezo_step(b, count, 0, learning_rate=0.0)}
+        for path, act in acts.items():
+            before, _ = b.weights(), act()
             moved = max((old - new).abs().max().item() for old, new in zip(before, b.weights()))
-            row = {"path": path, "queries": times, "drift": moved / rms(np.concatenate([w.flatten() for w in before]))}
+            row = {"path": path, "queries": count, "drift": moved / rms(np.concatenate([w.flatten() for w in before]))}
             table.append(judged(row, {"drift": 0} if path.startswith("in place") else {}))
     return table
 
 
-def reference_c(model: torch.nn.Module, q: int, rows: int, tokens: int) -> np.ndarray:
-    """The projected gradients in float64 at a small epsilon; leaves the model in float32 as it was."""
-    kept = {name: value.clone() for name, value in model.state_dict().items()}
-    with bench(model.double(), rows, tokens) as b:
-        c = b.c(b.queries("gaussian", q, 1e-5), min(q, 4))
-    model.float().load_state_dict(kept)
-    return c
-
-
 def noise_table(size: str, q: int, rows: int = 2, tokens: int = 32, epsilons: Sequence[float] = EPSILONS) -> list[dict]:
     """Error of the projected gradient of fixed directions: median |c(epsilon) - c| over the deviation of c, where c is in
-    float64 at epsilon 1e-5. To the left of the best epsilon bias (epsilon^2), to the right rounding (1/epsilon).
-    new: initial weights; trained: after 30 steps of backpropagation on the batch.
+    float64 at epsilon 1e-5. To the left of the best epsilon bias (epsilon^2), to the right rounding (1/epsilon). new:
+    initial weights; trained: after 30 steps of backpropagation on the batch. best: the epsilon of the least error.
     """
     model, table = sized_model(size), []
     for state in ("new", "trained"):
-        reference = reference_c(model, q, rows, tokens)
-        found = {epsilon: {"weights": state, "epsilon": epsilon} for epsilon in epsilons}
+        columns = {}
+        with Bench(copy.deepcopy(model).double(), rows, tokens) as b:
+            reference = b.c(b.queries("gaussian", q, 1e-5), min(q, 4))
         for dtype, (path, group) in itertools.product(("float32", "bfloat16"), (("in place", 0), ("batched", 4))):
-            with bench(model, rows, tokens, getattr(torch, dtype)) as b:
-                for epsilon in epsilons:
-                    error = np.abs(b.c(b.queries("gaussian", q, epsilon), group) - reference)
-                    found[epsilon][f"{dtype}, {path}"] = float(np.median(error) / np.std(reference))
-        table += found.values()
-        with bench(model, rows, tokens) as b:  # so that the loss has the curvature of a trained model's
+            with Bench(model, rows, tokens, getattr(torch, dtype)) as b:
+                errors = {e: np.abs(b.c(b.queries("gaussian", q, e), group) - reference) for e in epsilons}
+            column = {epsilon: float(np.median(error) / np.std(reference)) for epsilon, error in errors.items()}
+            columns[f"{dtype}, {path}"] = column | {"best": min(column, key=column.get)}
+        for epsilon in (*epsilons, "best"):
+            row = {"weights": state, "epsilon": epsilon}
+            table.append(row | {name: column[epsilon] for name, column in columns.items()})
+        with Bench(model, rows, tokens) as b:  # so that the loss has the curvature of a trained model's
             adam = b.optimizer("adam")
             for _ in range(30 if state == "new" else 0):
                 adam.apply_gradients(b.gradient(), 3e-3)
     return table
 
 
-def best_epsilons(table: list[dict]) -> list[dict]:
-    """The least error of each column above."""
-    best = []
-    for state, column in itertools.product(("new", "trained"), [key for key in table[0] if "," in key]):
-        row = min((row for row in table if row["weights"] == state), key=lambda row: row[column])
-        best.append({"weights": state, "path": column, "best epsilon": row["epsilon"], "error": row[column]})
-    return best
-
-
-# ---- Compatibility -------------------------------------------------------------------------------------------------
-
-OLD_COMMANDS = {
-    "ZO": "--mode ZO --query_budget_q 2 --batch_size 2 --learning_rate 1e-3 --log_interval 1",
-    "ZO, parallel": "--mode ZO --query_budget_q 4 --parallel_q_computation --parallel_batch_size 2 --learning_rate 1e-3",
-    "ZO, schedule": "--mode ZO --scope full --query_budget_q 1 --epochs 1 --optimizer mudamw --use_lr_scheduler "
-    "--warmup_steps 2",
-    "Instruct": "--mode Instruct --scope reduced --query_budget_q 2 --bp_interval 5 --learning_rate 1e-4 --optimizer adam",
-    "FO": "--mode FO --learning_rate 1e-3",
-}
-SMALL_RUN = " --model_size tiny --max_samples 30 --max_steps 3 --block_size 32 --eval_samples 4"
-# Models whose logits are soft-capped or scaled: Objective must use the model's own.
-UNUSUAL_HEADS = {
-    "Gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
-    "Cohere": {"logit_scale": 0.25},
-    "Granite": {"logits_scaling": 4.0, "tie_word_embeddings": True},
-}
-
-
-def check_old_call(name: str, folder: Path) -> str:
-    """Shapes, dtypes and the loss of a call without the new arguments, and the same by the new ones' defaults."""
-    model, again, ids = small_model(name, torch.float32), small_model(name, torch.float32), random_ids(2, 12)
-    loss_fn, parameters = torch.nn.CrossEntropyLoss(), list(model.parameters())
-    grads, loss = zo.zo_gradient_estimator(model, parameters, loss_fn, ids, ids, 3, 1e-3, CPU)
-    assert [(g.shape, g.dtype, g.requires_grad) for g in grads] == [(p.shape, p.dtype, False) for p in parameters]
-    assert abs(loss.item() - again(input_ids=ids, labels=ids).loss.item()) < 1e-2
-    new = {"parallel_q_computation": False, "parallel_batch_size": 4, "seed": 0, "step": 0}
-    same, _ = zo.zo_gradient_estimator(again, again.parameters(), None, ids, ids, 3, 1e-3, "cpu", **new)
-    assert all(map(torch.equal, grads, same))
-    return f"{len(grads)} gradients, loss {loss.item():.3f}"
-
-
-def run_main(flags: str, folder: Path) -> Path:
-    """A run through main(), quiet, that must succeed; its run directory. Tokens are shared by the runs of a folder."""
-    logs = Path(tempfile.mkdtemp(dir=folder))
-    with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder)}), contextlib.redirect_stdout(None):
-        assert zo.main([*flags.split(), "--log_dir", str(logs)]) == 0
-    return next(logs.iterdir())
-
-
-def metrics(run: Path) -> list[dict[str, str]]:
-    with open(run / "metrics.csv") as file:
-        return list(csv.DictReader(file))
-
-
-def check_old_command(name: str, folder: Path) -> str:
-    """A command of old, tiny: it trains, on the path that it asks for, and writes what it should."""
-    run = run_main(OLD_COMMANDS[name] + SMALL_RUN, folder)
-    flags, rows = json.loads((run / "config.json").read_text())["flags"], metrics(run)
-    assert flags["parallel_q_computation"] == ("--parallel_q_computation" in OLD_COMMANDS[name])
-    assert math.isfinite(float(rows[-1]["val_loss"]))
-    assert list(run.glob("checkpoints/step_*/model.safetensors"))
-    return f"{len(rows)} rows, validation loss {float(rows[-1]['val_loss']):.3f}"
-
-
-def both_paths(model: torch.nn.Module, rows: int = 2, tokens: int = 11, group: int = 3) -> tuple[float, bool]:
-    """Largest difference of c over its root mean square, and whether the batched path fell back to the other."""
-    with bench(model, rows, tokens) as b, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        queries = b.queries("gaussian", 3, 1e-4)
-        one, other = b.c(queries), b.c(queries, group)
-    fell_back = any("one after the other" in str(warning.message) for warning in caught)
-    return float(np.abs(one - other).max() / rms(one)), fell_back
-
-
-def check_unusual_head(name: str, folder: Path) -> str:
-    """The loss is the model's own, and both paths agree on it."""
-    model = small_model(name, **UNUSUAL_HEADS[name])
-    with bench(model, 2, 13) as b:
-        assert abs(b.loss() - model(input_ids=b.ids, labels=b.ids).loss.item()) < 1e-6
-    apart, fell_back = both_paths(model)
-    assert apart < 1e-9
-    assert not fell_back
-    return f"own logits; paths differ by {apart:.0e}"
-
-
-CHECKS = {f"old call, {name}": (check_old_call, name) for name in SMALL_MODELS}
-CHECKS |= {f"old command, {name}": (check_old_command, name) for name in OLD_COMMANDS}
-CHECKS |= {f"logits of {name}": (check_unusual_head, name) for name in UNUSUAL_HEADS}
-
-
 def compatibility_table() -> list[dict]:
-    """Calls of zo_gradient_estimator without the new arguments, commands without the new flags, models whose logits are
-    not the output layer of their last hidden states. Each line is a check that stops with an error where it fails.
+    """Calls of zo_gradient_estimator without the new arguments, commands without the new flags, models of other kinds. Each
+    line is a test, which stops with an error where it fails.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        checks = CHECKS.items()
-        return [{"check": n, "found": check(about, Path(folder)), "result": "met"} for n, (check, about) in checks]
+    with tempfile.TemporaryDirectory() as home:
+        checks = [(test, name) for test, names in COMPATIBILITY.items() for name in names]
+        return [{"check": t.__doc__, "of": n, "result": "met"} for t, n in checks if t(n, Path(home)) is None]
 
 
 # ---- Program -------------------------------------------------------------------------------------------------------
@@ -707,7 +527,7 @@ def compatibility_table() -> list[dict]:
 GROUPS = ("speed", "ranks", "memory", "equivalence", "compatibility")
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     form, sizes = argparse.RawDescriptionHelpFormatter, tuple(zo.MODEL_SIZES)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     add = parser.add_argument
@@ -723,70 +543,377 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rows", type=int, default=4, metavar="N", help="sequences in the batch (default: 4)")
     add("--tokens", type=int, default=128, metavar="N", help="tokens in a sequence (default: 128)")
     add("--memory_tokens", type=int, default=64, metavar="N", help="the same, memory table (default: 64)")
-    add(MEMORY_CHILD, help=argparse.SUPPRESS)
     asked = parser.parse_args(argv)
-    asked.queries = asked.queries or ([8, 16, 32] if asked.full else [8])
-    asked.sizes = asked.sizes or (["20M", "200M", "500M", "1B"] if asked.full else ["20M", "200M"])
+    asked.queries = asked.queries or [8, 16, 32][: 3 if asked.full else 1]
+    asked.sizes = asked.sizes or ["20M", "200M", "500M", "1B"][: 4 if asked.full else 2]
     return asked
-
-
-def machine() -> dict:
-    """What the figures depend on."""
-    info = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: *(.*)", info.read_text() if info.exists() else "")
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    system = {"threads": torch.get_num_threads(), "cpu": cpu[1] if cpu else platform.machine()}
-    return versions | system | {"bfloat16 hardware": BFLOAT16, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints and writes what was asked for."""
-    asked = parse_arguments(argv)
+    asked, tables, info, threads = parse_arguments(argv), {}, Path("/proc/cpuinfo"), torch.get_num_threads()
     zo.quiet_libraries()
-    if asked.memory_child:
-        print(json.dumps(memory_child(*json.loads(asked.memory_child))))
-        return 0
-    about, tables, threads = machine(), {}, torch.get_num_threads()
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    cpu = re.search(r"model name\s*: *(.*)", info.read_text() if info.exists() else "")
+    machine = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    machine |= {"threads": threads, "cpu": cpu[1] if cpu else platform.machine(), "bfloat16 hardware": BFLOAT16}
+    print(", ".join(f"{key} {value}" for key, value in machine.items()), time.strftime("%Y-%m-%d %H:%M:%S"))
 
-    def show(key: str, title: str, table: Callable[..., list[dict]], *given) -> list[dict]:
+    def show(table: Callable[..., list[dict]], title: str, *given) -> None:
         rows = table(*given)
-        tables.setdefault(key, []).extend(rows)
+        tables.setdefault(table.__name__.removesuffix("_table"), []).extend(rows)
         print_table(title, inspect.cleandoc(table.__doc__), rows)
-        return rows
 
     size, n, batch = asked.speed_size, asked.repetitions, (asked.rows, asked.tokens)
     shape = f"{size}, batch {asked.rows} x {asked.tokens}"
     if "speed" in asked.only:
         for dtype, q in itertools.product([torch.float32, torch.bfloat16][: 1 + BFLOAT16], asked.queries):
             title = f"Speed, {shape}, q = {q}, {str(dtype)[6:]}, {n} repetitions"
-            show("speed", title, speed_table, size, q, n, dtype, *batch)
+            show(speed_table, title, size, q, n, dtype, *batch)
         if asked.profile:
-            show("profile", f"Profile, {shape}, q = 8", profile_table, size, n, 8, 4, *batch)
+            show(profile_table, f"Profile, {shape}, q = 8, float32", size, 8, *batch)
     if "ranks" in asked.only:
         title = f"Ranks, {shape}, q = 16, {asked.rank_repetitions} repetitions"
-        show("ranks", title, ranks_table, size, 16, asked.rank_repetitions, *batch)
+        show(ranks_table, title, size, 16, asked.rank_repetitions, *batch)
     for size in asked.sizes if "memory" in asked.only else ():  # Muon takes minutes a matrix where bfloat16 is emulated
         names = [name for name in MEMORY_OPERATIONS if name != "mudamw" or size in ("tiny", "20M") or BFLOAT16]
-        title = f"Memory, {size}, {asked.rows * asked.memory_tokens} tokens a batch, {threads} threads"
-        show("memory", title, memory_table, size, asked.rows, asked.memory_tokens, threads, names)
+        title = f"Memory, {size}, batch {asked.rows} x {asked.memory_tokens}, {threads} threads"
+        show(memory_table, title, size, asked.rows, asked.memory_tokens, threads, names)
     if "equivalence" in asked.only:
-        show("equivalence", "Equivalence", equivalence_table)
-        show("drift", "Drift", drift_table, 1000)
+        show(equivalence_table, "Equivalence")
+        show(drift_table, "Drift", 1000)
         size, q = ("20M", 8) if asked.full else ("tiny", 12)
-        noise = show("signal to noise", f"Error of c over epsilon, {size}, q = {q}", noise_table, size, q)
-        show("best epsilon", "Best epsilon", best_epsilons, noise)
+        show(noise_table, f"Error of c over epsilon, {size}, q = {q}", size, q)
     if "compatibility" in asked.only:
-        show("compatibility", "Compatibility", compatibility_table)
+        show(compatibility_table, "Compatibility")
     if asked.json:
-        Path(asked.json).write_text(json.dumps({"machine": about, **tables}, indent=1) + "\n", "utf-8")
+        Path(asked.json).write_text(json.dumps({"machine": machine, **tables}, indent=1) + "\n", "utf-8")
     short = sum(row.get("result", "").count("short") for rows in tables.values() for row in rows)
     print(f"\n{short} figures fall short of their targets" if short else "\nevery target is met")
     return 0
 
 
-# ---- Tests ---------------------------------------------------------------------------------------------------------
+# ---- Tests: the two paths ------------------------------------------------------------------------------------------
+
+PATHS = [
+    *itertools.product(["float64"], SMALL_MODELS, FAMILIES),
+    *itertools.product(["float32"], ["Llama", "GPT-2", "OPT"], ISOTROPIC),
+    *itertools.product(["bfloat16"], ["Llama", "GPT-2"], ["gaussian", "lowrank r=1"]),
+]
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize(("dtype", "name", "family"), PATHS)
+def test_paths_agree(dtype, name, family, device):
+    found = compared(small_model(name), family, dtype, device=device)
+    assert "short" not in judged(found, DTYPES[dtype][3])["result"], found
+    assert (found["weights"], found["fell back"]) == ("restored, untouched", False)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(compared(small_model())["losses"])
+    finally:
+        torch.set_num_threads(threads)
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-13)
+
+
+def test_perturbations_leave_the_weights_bit_for_bit():
+    _, in_place, mezo = drift_table(100)
+    assert in_place["drift"] == 0.0
+    assert mezo["drift"] > 0.0  # else this measures nothing
+
+
+def around(forward: Callable, **owned) -> torch.nn.Module:
+    """A Llama whose first MLP is a module of one's own: around that MLP, `inner`, with what it owns."""
+    model = small_model()
+    layer, module = model.model.layers[0], type("Odd", (torch.nn.Module,), {"forward": forward})()
+    for name, part in {"inner": layer.mlp, **owned}.items():
+        setattr(module, name, part if isinstance(part, torch.nn.Module) else torch.nn.Parameter(part))
+    layer.mlp = module.double()
+    return model
+
+
+def uses_weight(m, x: torch.Tensor) -> torch.Tensor:
+    return m.inner(x) + torch.nn.functional.linear(x, m.linear.weight)
+
+
+OWN = {"matrix": torch.eye(32), "shift": torch.ones(32), "scale": torch.tensor(0.5)}
+OTHER_MODELS = {
+    "own parameters": lambda: around(lambda m, x: m.scale * (x @ m.matrix + m.shift), inner=torch.nn.Identity(), **OWN),
+    "own parameters around others": lambda: around(lambda m, x: m.inner(x) + m.scale * (x @ m.matrix + m.shift), **OWN),
+    "a weight without its module": lambda: around(uses_weight, linear=torch.nn.Linear(32, 32, False)),
+    "a weight with and without its module": lambda: around(
+        lambda m, x: uses_weight(m, x) + m.linear(x), linear=torch.nn.Linear(32, 32, False)
+    ),
+    "rows and tokens swapped": lambda: around(lambda m, x: m.inner(x.transpose(0, 1)).transpose(0, 1)),
+}
+ARCHITECTURES = {
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"},
+    "Mamba": {"state_size": 4, "time_step_rank": 2},
+    **dict.fromkeys(("Qwen3", "Gemma"), {"head_dim": 8}),
+    **dict.fromkeys(("GPTNeoX", "Bloom", "Falcon", "Mistral", "StableLm"), {}),
+    # logits that are soft-capped or scaled: Objective must use the model's own
+    "Gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+    "Granite": {"logits_scaling": 4.0},
+    "Cohere": {"logit_scale": 0.25},
+}
+OTHER_MODELS |= {name: functools.partial(small_model, name, **given) for name, given in ARCHITECTURES.items()}
+FALLS_BACK = {"own parameters": False, "a weight without its module": True, "Gemma2": False, "Cohere": False}
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_other_models(name, home):
+    """other models are never wrong"""
+    model = OTHER_MODELS[name]()
+    with Bench(model, 2, 12) as b:
+        assert abs(b.loss() - model(input_ids=b.ids, labels=b.ids).loss.item()) < 1e-6
+    for tokens in (12, 13):  # of 12, [tokens, rows, n] has as many rows as [2 queries, 2 signs, 3 rows]
+        found = compared(model.train(), tokens=tokens)
+        assert found["c"] <= 1e-9
+        assert found["weights"] == "restored, untouched"
+        assert found["fell back"] == FALLS_BACK.get(name, found["fell back"])
+    assert model.training
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+# ---- Tests: the estimate -------------------------------------------------------------------------------------------
+
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+MINIATURE = {"vocab_size": 17, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, **HEADS}
+
+
+def directions(b: Bench, queries: zo.Queries) -> list[np.ndarray]:
+    """z of every query on every tensor, [q, entries]."""
+    zs = [torch.empty(queries.q, *tensor.matrix.shape, dtype=torch.float64) for tensor in b.tensors]
+    for tensor, query in itertools.product(b.tensors, range(queries.q)):
+        direction = queries.family.direction(tensor, queries.at(query))
+        for block in tensor.blocks:
+            direction.block(block, zs[tensor.index][query, tensor.span(block)])
+    return [z.flatten(1).numpy() for z in zs]
+
+
+def library(b: Bench, parallel: bool, family: str = "gaussian", loss_fn=None, **given) -> tuple:
+    """The library function on what a Bench has."""
+    direction, _, rank = family.partition(" r=")
+    given |= {
+        "parallel_q_computation": parallel,
+        "parallel_batch_size": 2,
+        "direction": direction,
+        "rank": int(rank or 1),
+    }
+    trained = [(name, parameter) for name, parameter in b.model.named_parameters() if parameter.requires_grad]
+    return zo.zo_gradient_estimator(b.model, trained, loss_fn, b.ids, b.ids, 3, 1e-4, "cpu", **given)
+
+
+def assert_close(found: Sequence[torch.Tensor], expected: Sequence) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, map(np.ravel, expected)):
+        np.testing.assert_allclose(one.flatten(), other, atol=1e-8 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("family", ISOTROPIC)
+def test_expected_estimate_is_the_true_gradient(family):
+    """Per entry, t = (mean of c z - gradient) over its standard error: t^2 has mean 1 on every tensor, not above."""
+    squares, against_zero = [], []
+    with Bench(small_model(**MINIATURE), 2, 6) as b:
+        queries = b.queries(family, 600, 1e-4)
+        c = b.c(queries, 50)
+        for z, gradient in zip(directions(b, queries), b.gradient().values()):
+            each = c[:, None] * z
+            mean, error = each.mean(0), each.std(0) / math.sqrt(len(c))
+            squares.append(np.square((mean - gradient.flatten().numpy()) / error))
+            against_zero.append(np.square(mean / error))
+            assert squares[-1].mean() < 1 + 6 * math.sqrt(2 / len(squares[-1]))
+    squares = np.concatenate(squares)
+    assert abs(squares.mean() - 1) < 0.25
+    assert squares.max() < 5.5**2
+    assert np.concatenate(against_zero).mean() > 1.5  # the test can tell this gradient from none
+
+
+def test_bias_is_of_second_order_in_epsilon():
+    with Bench(small_model(), 2, 12) as b:
+        none, some, double = (b.c(b.queries("gaussian", 6, epsilon), 3) for epsilon in (1e-5, 2e-3, 4e-3))
+    assert 3.5 < np.median(np.abs(double - none) / np.abs(some - none)) < 4.5
+
+
+@pytest.mark.parametrize("family", ISOTROPIC)
+def test_what_is_measured_is_what_is_applied(family):
+    """Losses are those at theta +- epsilon z; the library's gradient is the mean of c z on either path, and sgd's step."""
+    with mock.patch.multiple(zo, **SMALL_BLOCKS), Bench(small_model("GPT-2"), 2, 12) as b:
+        queries = b.queries(family, 3, 1e-4, step=7)
+        z, losses, before = directions(b, queries), b.losses(queries, 2), b.weights()
+        c = zo.projected_gradients(losses, queries.epsilon)
+        expected = [c @ each / queries.q for each in z]
+        for parallel in (False, True):
+            assert_close(library(b, parallel, family, step=7)[0], expected)
+        for tensor, each in zip(b.tensors, z):
+            tensor.matrix.add_(torch.from_numpy(each[1]).view_as(tensor.matrix), alpha=queries.epsilon)
+        assert abs(b.loss() - losses[1, 0]) < 1e-12
+        for tensor, old in zip(b.tensors, before):
+            tensor.matrix.copy_(old)
+        b.optimizer().apply_estimate(b.tensors, queries, c, 0.5)
+        assert_close([2 * (old - tensor.matrix) for old, tensor in zip(before, b.tensors)], expected)
+
+
+@pytest.mark.parametrize("family", ["gaussian", "lowrank r=1"])
+def test_distinct_equals_a_loop_of_one_query_calls(family):
+    with Bench(small_model(), 6, 12) as b:
+        queries, parts = b.queries(family, 3, 1e-4, step=4), b.ids.split(2)
+        one = (b.objective, b.tensors, lambda query: (parts[query], parts[query]), queries, 1, None)
+        losses = np.concatenate([zo.query_losses(*one, [query]) for query in range(3)])
+        c = zo.projected_gradients(losses, queries.epsilon)
+        for parallel in (False, True):
+            grads, loss = library(b, parallel, family, step=4, query_data="distinct")
+            assert abs(loss.item() - losses.mean()) < 1e-12
+            assert_close(grads, [c @ each / 3 for each in directions(b, queries)])
+
+
+def test_a_loss_function_of_ones_own_a_frozen_layer_and_the_callers_generators():
+    smoothed = functools.partial(torch.nn.functional.cross_entropy, label_smoothing=0.3)
+    with Bench(small_model(), 2, 12) as b:
+        frozen = b.model.model.layers[0].requires_grad_(False)
+        kept, states = copy.deepcopy(frozen), (torch.get_rng_state(), np.random.get_state()[1].copy())  # noqa: NPY002
+        (one, loss), (other, _) = (library(b, parallel, loss_fn=smoothed) for parallel in (False, True))
+        assert_close(one, other)
+        logits = b.model(input_ids=b.ids).logits[:, :-1].flatten(0, 1)
+        assert abs(loss.item() - smoothed(logits, b.ids[:, 1:].flatten()).item()) < 1e-3
+    assert all(map(torch.equal, kept.parameters(), frozen.parameters()))
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert np.array_equal(states[1], np.random.get_state()[1])  # noqa: NPY002
+
+
+# ---- Tests: compatibility ------------------------------------------------------------------------------------------
+
+SCHEDULE = "--optimizer mudamw --use_lr_scheduler --warmup_steps 2"
+OLD_COMMANDS = {
+    "ZO": "--mode ZO --query_budget_q 2 --batch_size 2 --learning_rate 1e-3 --log_interval 1",
+    "ZO, parallel": "--mode ZO --query_budget_q 4 --parallel_q_computation --parallel_batch_size 2 --learning_rate 1e-3",
+    "ZO, schedule": f"--mode ZO --scope full --query_budget_q 1 --epochs 1 {SCHEDULE}",
+    "Instruct": "--mode Instruct --scope reduced --query_budget_q 2 --bp_interval 5 --learning_rate 1e-4 --optimizer adam",
+    "FO": "--mode FO --learning_rate 1e-3",
+}
+SMALL_RUN = "--model_size tiny --max_samples 30 --max_steps 3 --block_size 32 --eval_samples 4"
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Path:
+    """A folder for runs and tokens, shared so that the data is tokenized once."""
+    return tmp_path_factory.mktemp("home")
+
+
+def run_main(flags: str, home: Path) -> Path:
+    """A run through main(), quiet, that must succeed; its run directory."""
+    logs = tempfile.mkdtemp(dir=home)
+    with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(home)}), contextlib.redirect_stdout(io.StringIO()):
+        assert zo.main(f"{flags} {SMALL_RUN} --log_dir {logs}".split()) == 0
+    return next(Path(logs).iterdir())
+
+
+@pytest.mark.parametrize("name", SMALL_MODELS)
+def test_old_calls(name, home):
+    """a call without the new arguments"""
+    model, again = (small_model(name, torch.float32) for _ in range(2))
+    loss_fn, parameters, ids = torch.nn.CrossEntropyLoss(), list(model.parameters()), torch.arange(24).view(2, 12)
+    grads, loss = zo.zo_gradient_estimator(model, parameters, loss_fn, ids, ids, 3, 1e-3, torch.device("cpu"))
+    assert [(g.shape, g.dtype, g.requires_grad) for g in grads] == [(p.shape, p.dtype, False) for p in parameters]
+    assert abs(loss.item() - again(input_ids=ids, labels=ids).loss.item()) < 1e-2
+    new = {"parallel_q_computation": False, "parallel_batch_size": 4, "seed": 0, "step": 0}
+    same, _ = zo.zo_gradient_estimator(again, again.parameters(), None, ids, ids, 3, 1e-3, "cpu", **new)
+    assert all(map(torch.equal, grads, same))
+
+
+@pytest.mark.parametrize("name", OLD_COMMANDS)
+def test_old_commands(name, home):
+    """a command without the new flags"""
+    run = run_main(OLD_COMMANDS[name], home)
+    flags, rows = json.loads((run / "config.json").read_text())["flags"], zo.read_metrics(run / "metrics.csv")
+    assert flags["parallel_q_computation"] == ("--parallel_q_computation" in OLD_COMMANDS[name])
+    assert math.isfinite(float(rows[-1]["val_loss"]))
+    assert list(run.glob("checkpoints/step_*/model.safetensors"))
+
+
+COMPATIBILITY = {test_old_calls: SMALL_MODELS, test_old_commands: OLD_COMMANDS, test_other_models: OTHER_MODELS}
+
+
+@pytest.mark.parametrize(
+    ("failing", "left", "says"), [(4, "2", "2 queries in one"), (1, "", "one query after the other")]
+)
+def test_out_of_memory_halves_the_group(failing, left, says, home):
+    """A line in the log, then the run goes on as if it had been started with the smaller group."""
+    flags, whole = "--mode ZO --query_budget_q 4 --batch_size 2 --log_interval 1 --learning_rate 1e-3", zo.query_losses
+    by = flags + " --parallel_q_computation --parallel_batch_size "
+
+    def short_of_memory(objective, tensors, batch, queries, group, *rest):
+        if group == failing:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory")
+        return whole(objective, tensors, batch, queries, group, *rest)
+
+    with mock.patch.object(zo, "query_losses", short_of_memory):
+        halved = run_main(f"{by}{failing}", home)
+    expected = run_main(by + left if left else flags, home)
+    assert f"out of memory at step 0: now {says}" in (halved / "train.log").read_text()
+    for one, other in zip(*(zo.read_metrics(run / "metrics.csv") for run in (halved, expected)), strict=True):
+        assert [one[name] for name in ("step", "train_loss", "val_loss")] == [
+            other[n] for n in ("step", "train_loss", "val_loss")
+        ]
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(home):
+    broken = mock.patch.object(zo, "query_losses", side_effect=RuntimeError("shape mismatch"))
+    with broken, pytest.raises(RuntimeError, match="shape mismatch"):
+        run_main(OLD_COMMANDS["ZO, parallel"], home)
+
+
+# ---- Tests: the program --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def memory() -> dict[str, dict]:
+    names = [name for name in MEMORY_OPERATIONS if name not in ("adam", "mudamw")]
+    return {row["operation"]: row for row in memory_table("20M", 1, 32, 2, names)}
+
+
+@pytest.mark.parametrize("name", [name for name in MEMORY_OPERATIONS if name not in ("adam", "mudamw")])
+def test_memory_targets_at_20m(memory, name):
+    """The resident size confirms the allocator's; and a method that keeps three copies is seen to."""
+    row, whole, largest = memory[name], memory["parameters"]["allocator"], memory["largest parameter"]["allocator"]
+    assert row["result"] != "short", row
+    assert not row["resident"] > row["allocator"] + 24, row
+    assert (row["allocator"] > 3 * whole) == (name == "classical")
+    assert not name.startswith("feedback") or row["allocator"] < 4 * largest
+
+
+def test_tables_have_every_row(tmp_path, capsys):
+    """And the program writes what it prints."""
+    flags = "--only speed --speed_size tiny --queries 2 --repetitions 1 --rows 1 --tokens 8 --profile --json"
+    assert main([*flags.split(), str(tmp_path / "tables.json")]) == 0
+    written, said = json.loads((tmp_path / "tables.json").read_text()), capsys.readouterr().out
+    assert written["machine"]["torch"] == torch.__version__
+    rows = [row for row in written["speed"] if row["dtype"] == "float32"]
+    assert [row["step"] for row in rows[:3]] == [FORWARD, TEXTBOOK, IN_PLACE]
+    assert len(rows) == 13
+    assert all(row["seconds"] > 0 and row["passes"] > 0 and row["step"] in said for row in rows)
+    assert {row["step"] for row in written["profile"]} == {row["step"] for row in rows if "feedback" not in row["step"]}
+
+
+def test_the_ranks_table_is_of_equal_runs():
+    (row,) = ranks_table("tiny", 4, 1, 2, 16, ["batched by 4, low rank"])
+    assert (row["weights"], row["bytes"]) == ("equal", 8 * 2 * 2)
+    assert row["ratio"] > 0
+
+
+def test_signal_to_noise_has_a_best_epsilon_inside():
+    *_, fine, _, best = noise_table("tiny", 4, 1, 8, (1e-1, 1e-3, 1e-6))
+    assert best["float32, in place"] == best["float32, batched"] == 1e-3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

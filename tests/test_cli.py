@@ -1,7 +1,6 @@
 """The command line: complete help, every fault at once in one line each, exit codes, nothing heavy imported in vain."""
 
 import dataclasses
-import math
 import os
 import re
 import signal
@@ -139,7 +138,6 @@ def test_a_value_that_none_can_be_is_one_line_that_names_it(faults, words):
     assert line.startswith(f"{words}: " if value else f"{name}: expected one argument")
 
 
-BOTH = "--direction feedback --query_budget_q 0"
 REFUSED = {
     "--learnin_rate 1": r"--learnin_rate: no such flag.*--learning_rate",
     "--querry_budget_q=4": r"--querry_budget_q: no such flag.*--query_budget_q",
@@ -162,7 +160,7 @@ REFUSED = {
     "--min_lr 1 --use_lr_scheduler --learning_rate 0.1": r"--min_lr 1: ",
     "--learning_rate -1": r"--learning_rate -1: must be above 0",
     "--learning_rate -1 --min_lr 1 --use_lr_scheduler": r"--learning_rate -1: must be above 0",
-    "--query_data distinct --batch_size 4 --query_budget_q 3": r"--batch_size 4.*--query_budget_q 3",
+    "--query_data distinct --batch_size 4 --query_budget_q 3": r"--query_data distinct: --batch_size 4.*--query_budget_q 3",
     "--rank 2": r"--rank: .*lowrank",
     "--mode FO --query_budget_q 4": r"--query_budget_q: has no effect without a mode with queries",
     "--mode FO --epsilon 1e-3": r"--epsilon: has no effect without queries",
@@ -172,8 +170,8 @@ REFUSED = {
     "--mode FO --head closed_form": r"--head: has no effect without",
     "--mode FO --max_decrease 0.1": r"--max_decrease: .*queries",
     "--parallel_batch_size 4": r"--parallel_batch_size: has no effect without --parallel_q_computation",
-    f"{BOTH} --epsilon 0.1": r"--epsilon: has no effect without queries",
-    f"{BOTH} --parallel_q_computation": r"--parallel_q_computation: has no effect without queries",
+    "--direction feedback --query_budget_q 0 --epsilon 0.1": r"--epsilon: has no effect without queries",
+    "--direction feedback --query_budget_q 0 --parallel_q_computation": r"--parallel_q_computation: has no effect without queries",
     "--head_learning_rate 1e-3": r"--head_learning_rate: .*--head closed_form",
     "--max_decrease 0.1 --optimizer adam": r"--max_decrease: .*--optimizer sgd",
     "--direction aligned --optimizer mudamw": r"--optimizer mudamw: not for --direction aligned",

@@ -128,12 +128,13 @@ def test_aligned_lives_where_the_inputs_live(workers):
     """z = D A Q^T: Q the leading directions of what a layer is given, D the row scale, A standard normal."""
     model, given, frequencies = harness.llama(), {}, np.arange(61) ** 2
     tensors, ids = zo.trainable_tensors(model.named_parameters()), torch.arange(18).view(2, 9) * 7 % 61
+    objective = zo.Objective(model, workers)
     for module in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
-        module.register_forward_pre_hook(lambda m, x: given.setdefault(id(m.weight), x[0].detach().flatten(0, -2)))
+        module.register_forward_pre_hook(lambda m, x: given.update({id(m.weight): x[0].detach().flatten(0, -2)}))
     model.lm_head(model.model(ids).last_hidden_state[:, :-1])
     prepared = zo.Aligned(2)
     prepared.prepare(tensors, next(t for t in tensors if t.parameter is model.lm_head.weight), frequencies)
-    family = prepared.look(zo.Objective(model, workers), tensors, ids, 0)
+    family = prepared.look(objective, tensors, ids, 0)
     wanted = torch.tensor((frequencies + 1.0) ** 0.25).float()
     torch.testing.assert_close(family.row_scale[0], wanted / wanted.square().mean().sqrt())
     assert set(family.bases) == {t.index for t in tensors if t.parameter.ndim == 2}

@@ -1,6 +1,7 @@
 """Rules in runs: --head closed_form, what each rule counts, and directions that are shaped by what was seen."""
 
 import random
+import re
 
 import harness
 import numpy as np
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 
 import reproduce_zo_paper as zo
 
-CLOSED = {"head": "closed_form", "head_learning_rate": 1.0}
+CLOSED = {"head": "closed_form"}
 
 
 @pytest.fixture(autouse=True)
@@ -86,14 +87,14 @@ def test_measuring_leaves_the_weights_of_guided_aligned_directions_alone(runs, m
 
 @pytest.mark.parametrize("direction", ["lowrank", "aligned"])
 def test_directions_of_low_rank_are_not_for_muon(errors, direction):
-    code, lines = errors(["--direction", direction, "--optimizer", "mudamw"])
-    assert code == 2
-    assert len(lines) == 1
-    assert "mudamw" in lines[0]
+    code, (line,) = errors(["--direction", direction, "--optimizer", "mudamw"])
+    assert (code, "mudamw" in line) == (2, True)
 
 
-@pytest.mark.parametrize("flags", [{"head": "closed_form", "query_budget_q": 0}, {"direction": "feedback"}])
-@pytest.mark.parametrize("fault", ["loss", "weight"])
+FAULTS = [("weight", CLOSED), ("weight", {"direction": "feedback"}), ("loss", {"direction": "feedback"})]
+
+
+@pytest.mark.parametrize(("fault", "flags"), FAULTS, ids=str)
 def test_what_is_not_finite_at_the_output_stops_before_the_update(runs, monkeypatch, capsys, fault, flags):
     whole = zo.output_error
 
@@ -105,8 +106,7 @@ def test_what_is_not_finite_at_the_output_stops_before_the_update(runs, monkeypa
     monkeypatch.setattr(zo, "output_error", spoiled)
     assert runs.code(**flags, max_steps=3) == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: step 0: the ")
-    assert "nan" in line
+    assert re.match(r"error: step 0: the .* is nan", line)
     assert harness.records(runs.folder / "logs") == 0
 
 
