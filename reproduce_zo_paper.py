@@ -14,13 +14,14 @@ so no direction is stored, both ways to evaluate queries agree, and a run needs 
     python reproduce_zo_paper.py --query_budget_q 16 --parallel_q_computation --direction lowrank
     torchrun --nproc_per_node 2 reproduce_zo_paper.py --query_budget_q 16   a step's queries divided among two processes
 
-Sections, each calling only those above it (the parser alone asks FAMILIES, under Rules, for its choices): Configuration,
-Randomness, Processes, Loss, Directions, Estimation, Optimization, Rules (how a step is measured and its record applied),
-Data, Model, Evaluation, Run directory, Reporting, Phases (what a run keeps for each, and account of), Training.
+Sections, each calling only those above it (the parser alone asks FAMILIES, under Rules, for its choices):
+Configuration, Randomness, Processes, Loss, Directions, Estimation, Optimization, Rules (how a step is measured and its
+record applied), Data, Model, Evaluation, Run directory, Reporting, Phases (what a run keeps for each, and account of),
+Training.
 
 Where things go: a direction family is a class beside `Gaussian` and a line in FAMILIES; an optimizer is a line in
-`Optimizer._make` and in OPTIMIZERS; a metrics column is a name in METRICS and a value in `Account.row`; a file format is a
-line in LOCAL_FORMATS.
+`Optimizer._make` and in OPTIMIZERS; a metrics column is a name in METRICS and a value in `Account.row`; a file format
+is a line in LOCAL_FORMATS.
 """
 
 from __future__ import annotations
@@ -215,7 +216,9 @@ MAX_POSITIONS = 2048
 
 
 class Mode(NamedTuple):
-    """What the steps of a mode are: `always` backpropagation, or `queries`; in between, `guided` by the last gradient."""
+    """What the steps of a mode are: `always` backpropagation, or `queries`; in between, `guided` by the last
+    gradient.
+    """
 
     always: bool
     queries: bool
@@ -255,8 +258,8 @@ OPTIM, LAYERS, EVAL, KEEP, SYSTEM = "Optimization", "Layerwise", "Evaluation", "
 # fmt: off
 @dataclass(frozen=True)
 class Config:
-    """Every flag of a run. A field's name is the flag's, the metrics column's and config.json's. Made in code, it has the
-    derived defaults of the command line.
+    """Every flag of a run. A field's name is the flag's, the metrics column's and config.json's. Made in code, it has
+    the derived defaults of the command line.
     """
 
     mode: str = flag(RUN, "ZO", "FO: backpropagation. ZO: forward passes alone. Instruct: a backpropagation every "
@@ -280,7 +283,8 @@ class Config:
         "embedding, then each block on its own")
 
     dataset: str = flag(DATA, "embedded",
-        "embedded (US annual messages), a .txt .jsonl .json .csv or .parquet file (also .gz .bz2 .xz) or a " "folder of them, a hub id, or " + ", ".join(HUB_DATASETS))
+        "embedded (US annual messages), a .txt .jsonl .json .csv or .parquet file (also .gz .bz2 .xz) or a folder of "
+        "them, a hub id, or " + ", ".join(HUB_DATASETS))
     text_column: str = flag(DATA, "text", "column of the documents, in anything but plain text", needs="columns")
     dataset_config: str | None = flag(DATA, None, "configuration of a hub set (default: its own)", needs="hub")
     dataset_split: str = flag(DATA, "train", "split of a hub set that documents are taken from", needs="hub")
@@ -414,7 +418,7 @@ class Config:
     kind = property(lambda self: MODES[self.mode], doc="What the steps of this mode are.")
     family = property(lambda self: FAMILIES[self.direction], doc="The direction family's class.")
     measures = property(lambda self: self.kind.queries and self.query_budget_q > 0, doc="Whether any query is made.")
-    model_name = property(lambda self: Path(self.init_from).name if self.init_from else self.model_size, doc="Its name.")
+    model_name = property(lambda self: Path(self.init_from or self.model_size).name, doc="The model's name or size.")
     layerwise = property(lambda self: self.scope == "layerwise", doc="Whether layers are trained one after the other.")
 
     source = property(lambda self: self.sources[0], doc="The run's documents.")
@@ -462,8 +466,9 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "queries": (lambda c: c.kind.queries, "a mode with queries (ZO, Instruct, Calibrate)"),
     "measured": (lambda c: c.measures, "queries (a mode that has them, and --query_budget_q above 0)"),
-    "z": (lambda c: c.kind.queries and c.family.perturbs_weights, "a --direction other than feedback in a mode with queries"),
-    "measured z": (lambda c: c.measures and c.family.perturbs_weights, "queries along a --direction other than feedback"),
+    "z": (lambda c: c.kind.queries and c.family.perturbs_weights, "a --direction other than feedback, and queries"),
+    "measured z": (lambda c: c.measures and c.family.perturbs_weights,
+                   "queries along a --direction other than feedback"),
     "ranked": (lambda c: c.kind.queries and c.family.ranked, "--direction lowrank or aligned"),
     "feedback": (lambda c: c.kind.queries and not c.family.perturbs_weights, "--direction feedback"),
     "parallel": (lambda c: c.measures and c.parallel_q_computation, "--parallel_q_computation"),
@@ -619,31 +624,31 @@ def value_faults(config: Config) -> list[str]:
     local = own.queries and not family.perturbs_weights and c.carry == "block"
     idle = own.queries and family.perturbs_weights and not (q or own.interval or c.head == "closed_form")
     checks = [
-        (match and int(match["first"] or 0) <= int(match["last"] or 0), f"--scope {c.scope}: must be full, head, norms, "
-         "embedding, reduced, layerwise, or blocks:I-J with I up to J (blocks:0-1: the first two)"),
-        (c.run_name is None or PLAIN_NAME.fullmatch(c.run_name), f"--run_name {c.run_name!r}: must be a plain name of 1 to "
-         "100 characters, without / or control characters and without a leading dot or dash"),
-        (c.init_from is None or Path(c.init_from).is_dir() or HUB_ID.fullmatch(c.init_from), f"--init_from {c.init_from}: "
-         "neither a folder nor a hub id (OWNER/NAME)" + (f"; did you mean {old_name}?" if old_name else "")),
+        (match and int(match["first"] or 0) <= int(match["last"] or 0), f"--scope {c.scope}: must be full, head, "
+         "norms, embedding, reduced, layerwise, or blocks:I-J with I up to J (blocks:0-1: the first two)"),
+        (c.run_name is None or PLAIN_NAME.fullmatch(c.run_name), f"--run_name {c.run_name!r}: must be a plain name of "
+         "1 to 100 characters, without / or control characters and without a leading dot or dash"),
+        (c.init_from is None or Path(c.init_from).is_dir() or HUB_ID.fullmatch(c.init_from), f"--init_from "
+         f"{c.init_from}: neither a folder nor a hub id (OWNER/NAME)" + (f"; did you mean {old_name}?" if old_name else "")),
         (c.init_from or c.block_size <= MAX_POSITIONS, f"--block_size {c.block_size}: the model has {MAX_POSITIONS} "
          "positions; lower it"),
         (c.bp_interval or not own.interval, f"--bp_interval: --mode {c.mode} needs it (a number of steps, such as 5)"),
-        (not idle, "--query_budget_q 0: only for --direction feedback or --head closed_form, which know something without "
-         "queries, or where backpropagations are to be alone"),
+        (not idle, "--query_budget_q 0: only for --direction feedback or --head closed_form, which know something "
+         "without queries, or where backpropagations are to be alone"),
         (c.query_data == "shared" or not c.measures or c.batch_size % q == 0, f"--query_data distinct: --batch_size "
          f"{c.batch_size} can't be divided evenly among --query_budget_q {q} queries; make it a multiple"),
-        (not (local and q), f"--query_budget_q {q}: has no effect with --carry block, whose first block takes the error to "
-         "the embedding"),
+        (not (local and q), f"--query_budget_q {q}: has no effect with --carry block, whose first block takes the "
+         "error to the embedding"),
         (not own.queries or c.optimizer in (family.optimizers or OPTIMIZERS), f"--optimizer {c.optimizer}: not for "
-         f"--direction {c.direction}: Muon would amplify rounding in the null space of a rank-q estimate; take sgd or adam"),
+         f"--direction {c.direction}: Muon would amplify rounding in the null space of its estimate; take sgd or adam"),
         (c.min_lr <= c.learning_rate, f"--min_lr {c.min_lr:g}: must be from 0 to the learning rate"),
-        (not c.use_lr_scheduler or c.warmup_steps < (c.max_steps or sys.maxsize), f"--warmup_steps {c.warmup_steps}: as "
-         f"long as the run of {c.max_steps} steps; lower it"),
+        (not c.use_lr_scheduler or c.warmup_steps < (c.max_steps or sys.maxsize), f"--warmup_steps "
+         f"{c.warmup_steps}: as long as the run of {c.max_steps} steps; lower it"),
         (not c.layerwise or not own.interval, f"--scope layerwise: only --mode FO and ZO have it, not {c.mode}"),
-        (not c.layerwise or c.head == "estimated", "--scope layerwise: the head is trained with the embedding, in the first "
-         "stage; leave out --head closed_form"),
-        (not c.layerwise or c.init_from is None, "--scope layerwise: gives every block new weights, and would undo those of "
-         "--init_from; take blocks:I-J"),
+        (not c.layerwise or c.head == "estimated", "--scope layerwise: the head is trained with the embedding, in the "
+         "first stage; leave out --head closed_form"),
+        (not c.layerwise or c.init_from is None, "--scope layerwise: gives every block new weights, and would undo those "
+         "of --init_from; take blocks:I-J"),
     ]
     return [line for fine, line in checks if not fine]
 # fmt: on
@@ -758,7 +763,9 @@ def package_faults(config: Config) -> list[str]:
 
 
 def folder_faults(config: Config) -> list[str]:
-    """Return the faults of folders that can't be made or written to, and of an export folder that is there; makes none."""
+    """Return the faults of folders that can't be made or written to, and of an export folder that is there; makes
+    none.
+    """
     folders = {"--log_dir": Path(config.log_dir), "--cache_dir": config.cache}
     folders = {} if config.resume or config.replay else folders
     faults = []
@@ -879,7 +886,9 @@ class Workers:
             self._pool.shutdown()
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return this thread's buffer of that name, at least as large as ever wanted: fresh memory costs page faults."""
+        """Return this thread's buffer of that name, at least as large as ever wanted: fresh memory costs page
+        faults.
+        """
         buffers = self._scratch.__dict__
         size = math.prod(shape)
         buffer = buffers.get((name, dtype))
@@ -921,9 +930,9 @@ class Workers:
 
 
 class Stop:
-    """SIGINT or SIGTERM ends what prepares a run at once. Once it is `armed`, the first one is kept in `signal`, for the
-    run to stop at the next query, and a second one ends the process, unless it comes within `echo` seconds: torchrun
-    passes on what the terminal has sent to its processes already.
+    """SIGINT or SIGTERM ends what prepares a run at once. Once it is `armed`, the first one is kept in `signal`, for
+    the run to stop at the next query, and a second one ends the process, unless it comes within `echo` seconds:
+    torchrun passes on what the terminal has sent to its processes already.
     """
 
     def __init__(self, echo: float = 0.0):
@@ -956,8 +965,10 @@ class Stop:
 
 # Every rank has the whole model and makes the same steps. It measures its share of a step's queries; one exchange hands
 # what was measured to all; and each applies the same update from the same seeds. A backpropagation is rank 0's, and its
-# gradient is broadcast: an average over parts of the batch would not have the bits of one process, with which any number
-# of ranks can resume and replay. The run directory is rank 0's; what the others need of it they are handed at the start.
+# gradient is broadcast: an average over parts of the batch would not have the bits of one process, with which any
+# number
+# of ranks can resume and replay. The run directory is rank 0's; what the others need of it they are handed at the
+# start.
 
 
 class Ranks:
@@ -1073,7 +1084,8 @@ class Ranks:
         return range(q * rank // self.size, q * (rank + 1) // self.size)
 
     def exchange(self, measure: Callable[[], np.ndarray], where: str) -> np.ndarray:
-        """Return all ranks' measurements [q, ...], of which measure() gives this one's [share, ...]: a step's one message.
+        """Return all ranks' measurements [q, ...], of which measure() gives this one's [share, ...]: a step's one
+        message.
 
         Raises Interrupted on all ranks where one was asked to stop, and the error that measuring raised on one.
         """
@@ -1158,7 +1170,9 @@ class Tensor:
 
 
 def trainable_tensors(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[Tensor]:
-    """Return the parameters, numbered, each once however often it is shared; raises ValueError where one can't be perturbed."""
+    """Return the parameters, numbered, each once however often it is shared; raises ValueError where one can't be
+    perturbed.
+    """
     tensors, seen = [], set()
     for name, parameter in parameters:
         if id(parameter) in seen:
@@ -1166,8 +1180,10 @@ def trainable_tensors(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> l
         seen.add(id(parameter))
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"{name} is {parameter.dtype}: what is perturbed must be float32 (or float64) masters, since adding and "
-                "removing epsilon*z in half precision moves the weights; call model.float(), and compute in bfloat16 instead"
+                f"{name} is {parameter.dtype}: what is perturbed must be float32 (or float64) "
+                f"masters, since adding and "
+                "removing epsilon*z in half precision moves the weights; call model.float(), and "
+                "compute in bfloat16 instead"
             )
         if not parameter.is_contiguous():
             raise ValueError(f"{name} is not contiguous in memory; store parameter.data.contiguous() in it")
@@ -1278,8 +1294,8 @@ def token_losses(h: torch.Tensor, targets: torch.Tensor, head: HeadTiles, worker
 
 class OutputError(NamedTuple):
     """What the logits of a forward pass say without backpropagation: the mean loss of N tokens, and two products of its
-    gradient in the logits, delta = (p - y) / N [S, V]: `weight` = delta^T h [V, n] and `bias` = delta^T 1 [V], the exact
-    gradient of the output layer, and `back` = delta W [S, n], that of h.
+    gradient in the logits, delta = (p - y) / N [S, V]: `weight` = delta^T h [V, n] and `bias` = delta^T 1 [V], the
+    exact gradient of the output layer, and `back` = delta W [S, n], that of h.
     """
 
     loss: float
@@ -1289,7 +1305,8 @@ class OutputError(NamedTuple):
 
 
 def output_error(h: torch.Tensor, targets: torch.Tensor, back: bool, head: HeadTiles, workers: Workers) -> OutputError:
-    """Return the loss at h [1, S, n] with targets int64 [1, S], and its gradients in the output layer and, if wanted, in h.
+    """Return the loss at h [1, S, n] with targets int64 [1, S], and its gradients in the output layer and, if wanted,
+    in h.
 
     A tile of the logits at a time, in W's dtype. A worker's slab has its own part of `back`, and parts are added in the
     order of the slabs, however many workers there are.
@@ -1354,7 +1371,9 @@ class Objective:
         self.sliced = loss_fn is None and self._head_is_plain()
 
     def _head_is_plain(self) -> bool:
-        """Return whether the model's logits are head(hidden) and nothing else, tried with a head that gives large logits."""
+        """Return whether the model's logits are head(hidden) and nothing else, tried with a head that gives large
+        logits.
+        """
         if (
             type(self.head) is not torch.nn.Linear
             or "forward" in self.head.__dict__
@@ -1396,7 +1415,8 @@ class Objective:
         return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
     def losses(self, input_ids: torch.Tensor, labels: torch.Tensor, groups: int = 1, batched: Batched | None = None):
-        """Return the mean loss of each of `groups` equal runs of rows, at theta or, `batched`, each group at its own theta.
+        """Return the mean loss of each of `groups` equal runs of rows, at theta or, `batched`, each group at its own
+        theta.
 
         input_ids and labels int64 [G*R, T] -> float64 [G].
         """
@@ -1485,8 +1505,8 @@ class Objective:
                 blocks[at].__dict__.pop("forward", None)
 
     def hidden_through(self, input_ids: torch.Tensor, bottom: Callable, top: Callable) -> torch.Tensor:
-        """Return the last hidden states of a pass in which bottom(h0) takes the place of the first block's input h0, and
-        top(h) that of the last block's output h.
+        """Return the last hidden states of a pass in which bottom(h0) takes the place of the first block's input h0,
+        and top(h) that of the last block's output h.
         """
         last = len(decoder_blocks(self.model)) - 1
 
@@ -1564,7 +1584,9 @@ class Bent:
 
 
 class Gaussian:
-    """Standard normal entries, E[z z^T] = I: the paper's, MeZO's (Malladi et al. 2023); and the base of other families."""
+    """Standard normal entries, E[z z^T] = I: the paper's, MeZO's (Malladi et al. 2023); and the base of other
+    families.
+    """
 
     optimizers: ClassVar[tuple | None] = None  # those that it works with; None: all
     perturbs_weights = True
@@ -1605,7 +1627,8 @@ class Gaussian:
         """Return what a budget of q queries buys in d dimensions (Nesterov and Spokoiny 2017; E||g||^2 = (d+q+1)/q)."""
         share = q / (dimension + q + 1)
         return (
-            f"theory: for d = {short(dimension)} and q = {q}, expected cosine to the true gradient {math.sqrt(share):.1e}, "
+            f"theory: for d = {short(dimension)} and q = {q}, expected cosine to the true gradient "
+            f"{math.sqrt(share):.1e}, "
             f"stable step {share:.1e} of first order's"
         )
 
@@ -1726,8 +1749,8 @@ class Aligned(Gaussian):
 
 
 def leading_directions(x: torch.Tensor, rank: int, seed: int, index: int) -> torch.Tensor:
-    """Return an orthonormal basis [n, rank] of the leading directions of the rows of x [tokens, n], float32, by subspace
-    iteration from a seeded start (Halko, Martinsson and Tropp 2011).
+    """Return an orthonormal basis [n, rank] of the leading directions of the rows of x [tokens, n], float32, by
+    subspace iteration from a seeded start (Halko, Martinsson and Tropp 2011).
     """
     start = torch.empty(x.shape[1], min(x.shape[1], rank + 4), device=x.device)
     basis = start.normal_(generator=stream(x.device, seed, PURPOSE_BASIS, index))
@@ -1742,8 +1765,8 @@ class Guided:
 
     rho sqrt(d) g + sqrt(1 - rho^2) z for the gradient's unit vector g (one matrix [rows, columns] a tensor) and
     d = E||z||^2, which is kept: cosine rho with g (to 1/sqrt(d)). Where z is isotropic, E[z z^T] becomes
-    (1 - rho^2) I + rho^2 d g g^T, whose largest eigenvalue is the gain: along the guide the estimate is the gradient's own
-    component, across it, less.
+    (1 - rho^2) I + rho^2 d g g^T, whose largest eigenvalue is the gain: along the guide the estimate is the gradient's
+    own component, across it, less.
     """
 
     def __init__(self, base: Gaussian, tensors: list[Tensor], guide: dict[int, torch.Tensor], cosine: float):
@@ -1834,7 +1857,8 @@ class Grid:
     def move(self, directions: dict, position: int) -> None:
         """Take every block in place to theta + position epsilon z (1, -1, 0), from wherever it is.
 
-        z is regenerated a block at a time. Where a block fails, the others are moved, and each block's position is kept.
+        z is regenerated a block at a time. Where a block fails, the others are moved, and each block's position is
+        kept.
         """
 
         def work(unit: tuple[Tensor, int]) -> None:
@@ -1862,7 +1886,9 @@ Batch = Callable[[int], tuple["torch.Tensor", "torch.Tensor"]]  # query -> (inpu
 
 
 def query_batch(input_ids: torch.Tensor, labels: torch.Tensor, q: int, query_data: str) -> Batch:
-    """Return what each query sees of a step's batch: all of it (shared), or its own q-th part of the rows (distinct)."""
+    """Return what each query sees of a step's batch: all of it (shared), or its own q-th part of the rows
+    (distinct).
+    """
     share = len(input_ids) // q
 
     def batch(query: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1930,7 +1956,8 @@ class DenseHead(HeadTiles):
 
 
 class Perturbed:
-    """The modules of a pass of [queries, 2 signs, rows] sequences, each group of rows through its own theta +- epsilon z_i.
+    """The modules of a pass of [queries, 2 signs, rows] sequences, each group of rows through its own theta +- epsilon
+    z_i.
 
     Linear layers and embeddings take a block of z at a time (drawn once for both signs) or low-rank factors, any other
     module `torch.func.functional_call`, group by group. The weights are not written.
@@ -2182,7 +2209,9 @@ def batched_losses(
     group: int,
     heed: Callable = never,
 ) -> np.ndarray:
-    """Return what `sequential_losses` returns, `group` queries in one forward pass; raises CannotBatch if it can't be."""
+    """Return what `sequential_losses` returns, `group` queries in one forward pass; raises CannotBatch if it can't
+    be.
+    """
     losses = []
     for lo in range(0, len(chosen), group):
         heed()
@@ -2213,8 +2242,8 @@ def query_losses(
     """Return the losses of the queries, or of those `chosen`: in place one after the other (group 0), or batched.
 
     float64 [len(chosen), 2], at theta + epsilon z and theta - epsilon z. Both paths see the same directions and data. A
-    model that can't be batched is measured in place, with a warning. In place, the weights are put on a grid first unless
-    `grid` is given. `heed` is called before each query or group, and may raise.
+    model that can't be batched is measured in place, with a warning. In place, the weights are put on a grid first
+    unless `grid` is given. `heed` is called before each query or group, and may raise.
     """
     chosen = range(queries.q) if chosen is None else chosen
     if len(chosen) == 0:
@@ -2488,7 +2517,8 @@ def schedule(config: Config, step: int, total: int) -> float:
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Rules                                                                                                            │
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
-# A step is measure, journal, apply: record = measure(step) changes nothing, the record is written, apply(record) updates.
+# A step is measure, journal, apply: record = measure(step) changes nothing, the record is written, apply(record)
+# updates.
 # Resume and replay are apply alone. What both need of the step's batch they `look` at: once where both are made.
 
 LARGEST_UPDATE = 1e18  # a gradient entry beyond this overflows the squares that adam keeps
@@ -2648,8 +2678,8 @@ class Backpropagation(Rule):
 
 
 class QueryRule(Rule):
-    """Standard ZO: projected gradients along directions of a family, in place or batched. In Instruct, the directions are
-    bent towards the last true gradient, which is kept for it.
+    """Standard ZO: projected gradients along directions of a family, in place or batched. In Instruct, the directions
+    are bent towards the last true gradient, which is kept for it.
     """
 
     def __init__(self, setting: Setting, tensors: list[Tensor], family: Gaussian, group: int):
@@ -2693,7 +2723,9 @@ class QueryRule(Rule):
         self.setting.optimizer.apply_estimate(self.tensors, queries, record.projected_grads, record.learning_rate)
 
     def own_losses(self, queries: Queries) -> np.ndarray:
-        """Return the losses of this rank's queries, float64 [its share, 2]; where memory runs out, in smaller groups."""
+        """Return the losses of this rank's queries, float64 [its share, 2]; where memory runs out, in smaller
+        groups.
+        """
         setting, ids = self.setting, self.setting.batch(queries.step)
         batch = query_batch(ids, ids, queries.q, self.config.query_data)
         chosen, heed = setting.ranks.share(queries.q), setting.ranks.stop.heed
@@ -2712,7 +2744,9 @@ class QueryRule(Rule):
                 torch.cuda.empty_cache()
 
     def finite(self, step: int, losses: np.ndarray) -> np.ndarray:
-        """Return the projected gradients; a query that is not finite stops the run, or is NaN where --on_nonfinite skip."""
+        """Return the projected gradients; a query that is not finite stops the run, or is NaN where --on_nonfinite
+        skip.
+        """
         c = projected_gradients(losses, self.config.epsilon)
         bad = np.flatnonzero(~np.isfinite(c))
         if len(bad) == 0:
@@ -2743,7 +2777,8 @@ class QueryRule(Rule):
         stable = family.stable_rate(config.query_budget_q, self.dimension)
         if self.setting.optimizer.name == "sgd" and config.learning_rate > 1e4 * stable:
             lines.append(
-                f"warning: --learning_rate {config.learning_rate:g} is {config.learning_rate / stable:.0e} times the stable "
+                f"warning: --learning_rate {config.learning_rate:g} is "
+                f"{config.learning_rate / stable:.0e} times the stable "
                 f"step of these queries ({stable:.0e}); if the loss rises, lower it or raise --query_budget_q"
             )
         return lines
@@ -2825,8 +2860,9 @@ RESIDUAL_WRITERS = ("o_proj", "down_proj", "out_proj", "fc2", "dense", "dense_4h
 
 
 class Look(NamedTuple):
-    """What the first passes of a feedback step show: the loss, the error e at the top of the stream [R, T, d], gradients
-    outside the blocks by tensor index, and the regression's two moments [d, d] with this step's queries in them.
+    """What the first passes of a feedback step show: the loss, the error e at the top of the stream [R, T, d],
+    gradients outside the blocks by tensor index, and the regression's two moments [d, d] with this step's queries in
+    them.
     """
 
     loss: float
@@ -2844,7 +2880,9 @@ def node_noise(seed: int, step: int, query: int, like: torch.Tensor) -> torch.Te
 
 
 def perturbed_top(objective: Objective, ids: torch.Tensor, shifts: list[torch.Tensor]) -> torch.Tensor:
-    """Return the top of the stream [queries * R, T, d] where the embedding's output is moved by each shift [R, T, d]."""
+    """Return the top of the stream [queries * R, T, d] where the embedding's output is moved by each shift [R, T,
+    d].
+    """
     shift, tops = torch.cat(shifts), []
     with torch.no_grad(), objective.quiet():
         objective.hidden_through(
@@ -2857,19 +2895,19 @@ class Feedback(Rule):
     """Feedback alignment through the residual stream, with a learned way to the embedding.
 
     The gradient of a linear layer is sum_t delta_t x_t^T: any forward pass shows x; only delta, one vector a token, is
-    unknown. At the output it is known in closed form, and the final norm's own vector-Jacobian product takes it to the top
-    of the stream: e. Blocks add to the stream, so e carried unchanged is a guess of delta in every block (feedback alignment:
-    Lillicrap et al. 2016, Nokland 2016, with the true output weights). Within a block, `carry` says what is trained:
-    stream, the matrices that write to the stream, by e^T x; branch, all of a branch, by torch.autograd on <branch(x), e> for
-    that branch alone: nothing crosses from one branch to another.
+    unknown. At the output it is known in closed form, and the final norm's own vector-Jacobian product takes it to the
+    top of the stream: e. Blocks add to the stream, so e carried unchanged is a guess of delta in every block (feedback
+    alignment: Lillicrap et al. 2016, Nokland 2016, with the true output weights). Within a block, `carry` says what is
+    trained: stream, the matrices that write to the stream, by e^T x; branch, all of a branch, by torch.autograd on
+    <branch(x), e> for that branch alone: nothing crosses from one branch to another.
 
-    At the embedding's output h0, which the stream soon forgets, e carried is blind (cosine about 0). There queries perturb:
-    h0 + epsilon r xi, with r the root mean square of h0 at each token and xi normal from coordinates, and one pass of the
-    body shows the response D = (h_top(+) - h_top) / epsilon at the same token. Regressed over steps, V = (A + ridge)^-1 C
-    with A = sum xi^T xi and C = sum xi^T D (decay BETA a step) is r times the mean Jacobian from h0 to the top, and
-    delta0 = e V^T / r (node perturbation: Widrow and Lehr 1990, Fiete and Seung 2006; learned feedback: Lansdell et al.
-    2019, arXiv 1906.00889; activity perturbation: Ren et al. 2022, arXiv 2210.03310; FDFA: arXiv 2212.07282). Without queries
-    delta0 = e. A block's gradients are applied and freed before the next block's are made.
+    At the embedding's output h0, which the stream soon forgets, e carried is blind (cosine about 0). There queries
+    perturb: h0 + epsilon r xi, with r the root mean square of h0 at each token and xi normal from coordinates, and one
+    pass of the body shows the response D = (h_top(+) - h_top) / epsilon at the same token. Regressed over steps, V = (A
+    + ridge)^-1 C with A = sum xi^T xi and C = sum xi^T D (decay BETA a step) is r times the mean Jacobian from h0 to
+    the top, and delta0 = e V^T / r (node perturbation: Widrow and Lehr 1990, Fiete and Seung 2006; learned feedback:
+    Lansdell et al. 2019, arXiv 1906.00889; activity perturbation: Ren et al. 2022, arXiv 2210.03310; FDFA: arXiv
+    2212.07282). Without queries delta0 = e. A block's gradients are applied and freed before the next block's are made.
     """
 
     optimizers = None
@@ -2902,7 +2940,8 @@ class Feedback(Rule):
         embeddings = [m for m in objective.model.modules() if isinstance(m, torch.nn.Embedding)]
         self.reaches = bool({id(t.parameter) for t in self.outer} & {id(p) for m in embeddings for p in m.parameters()})
         self.probes = config.query_budget_q if self.reaches else 0
-        # the pass, blocks again with the products of a branch or of writers; at the head as many; upper bounds of their cost
+        # the pass, blocks again with the products of a branch or of writers; at the head as many; upper bounds of their
+        # cost
         self.learning_passes = 2.0 + self.probes
         self.passes = (3.0 if stream_alone else 4.0) + self.probes
 
@@ -3005,8 +3044,8 @@ class Feedback(Rule):
         return y
 
     def _autograd(self, at: int, look: Look, x: torch.Tensor, call: Callable) -> tuple[torch.Tensor, dict]:
-        """Return a block's output y and the gradient of <y, e>: cut where its norms read the stream, which is each branch on
-        its own, or whole; of the first block the whole one reaches the embedding.
+        """Return a block's output y and the gradient of <y, e>: cut where its norms read the stream, which is each
+        branch on its own, or whole; of the first block the whole one reaches the embedding.
         """
         norms = [module for module in self.blocks[at].children() if "norm" in type(module).__name__.lower()]
         cut = lambda module, given: (given[0].detach(), *given[1:])  # noqa: E731
@@ -3058,7 +3097,7 @@ class Feedback(Rule):
 
     def about(self) -> list[str]:
         how = {
-            "block": "torch.autograd within one block at a time, nothing across blocks; the first one's reaches the embedding",
+            "block": "torch.autograd within one block at a time, nothing across blocks; the first's reaches the embedding",
             "branch": "torch.autograd within one branch (attention, MLP) at a time, nothing across branches",
             "stream": "the matrices that write to the stream alone, no autograd in any block",
         }[self.config.carry]
@@ -3147,7 +3186,9 @@ def file_digest(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """Return a JSON object from a file; raises UsageError, which names it, where it is missing, damaged or no object."""
+    """Return a JSON object from a file; raises UsageError, which names it, where it is missing, damaged or no
+    object.
+    """
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -3269,7 +3310,9 @@ def paragraphs(name: str) -> Iterator[str]:
 
 
 def streamed_rows(source: Source) -> Iterator[dict]:
-    """Yield the rows of a local file or a hub data set through `datasets` in streaming mode: no more is read than used."""
+    """Yield the rows of a local file or a hub data set through `datasets` in streaming mode: no more is read than
+    used.
+    """
     hub, named = source.hub, f"{source.flag} {source.name}"
     offline = hub is not None and os.environ.get("HF_HUB_OFFLINE") == "1"
     datasets.disable_progress_bars()
@@ -3293,7 +3336,9 @@ def streamed_rows(source: Source) -> Iterator[dict]:
 
 
 def streamed_texts(source: Source) -> Iterator[str]:
-    """Yield the texts of a local file or a hub data set; raises UsageError, which names the row, where one is no text."""
+    """Yield the texts of a local file or a hub data set; raises UsageError, which names the row, where one is no
+    text.
+    """
     plain = source.hub is None and local_format(local_files(source.name)[0]) == "text"
     column = "text" if plain else source.column
     for number, row in enumerate(streamed_rows(source), 1):
@@ -3418,7 +3463,8 @@ class Corpus:
         )
         path = Path(self.source.name)
         if sum(self.about["documents"].values()) < VALIDATION_SHARE and path.exists() and local_format(path) == "text":
-            advice += f"; in a text file blank lines separate documents, and {sum(self.about['documents'].values())} was found"
+            found = sum(self.about["documents"].values())
+            advice += f"; in a text file blank lines separate documents, and {found} was found"
         return advice
 
     @functools.cached_property
@@ -3426,7 +3472,7 @@ class Corpus:
         """The validation sequences used, by number, spread evenly; raises UsageError where there is none."""
         size = self.config.block_size
         if (blocks := len(self.validation) // size) < 1:
-            few = f"{len(self.validation)} validation tokens (of one document in {VALIDATION_SHARE}) are less than one sequence"
+            few = f"{len(self.validation)} validation tokens (of one document in {VALIDATION_SHARE}) are less than a sequence"
             raise UsageError(f"{self.source.flag} {self.source.name}: {few} of {size}; {self._lacking()}")
         return np.linspace(0, blocks - 1, min(self.config.eval_samples, blocks)).astype(np.int64)
 
@@ -3436,13 +3482,17 @@ class Corpus:
         return np.fromfile(self.folder / "frequencies.bin", np.int64)
 
     def unigram_loss(self) -> float:
-        """Return the validation loss, in nats, of a model that only knows how frequent each token is (in training, plus one)."""
+        """Return the validation loss, in nats, of a model that only knows how frequent each token is (in training, plus
+        one).
+        """
         predicted = self.sequences(self.validation, self.validation_rows)[:, 1:].cpu().numpy()
         counts = self.frequencies + 1.0
         return float(-np.log(counts / counts.sum())[predicted].mean())
 
     def bits_per_byte(self, loss: float) -> float:
-        """Return a validation loss, in nats a token, as bits a byte of the validation text: comparable across tokenizers."""
+        """Return a validation loss, in nats a token, as bits a byte of the validation text: comparable across
+        tokenizers.
+        """
         return loss / math.log(2) * self.about["tokens"]["validation"] / max(1, self.about["bytes"]["validation"])
 
     def sequences(self, tokens: np.ndarray, rows: np.ndarray) -> torch.Tensor:
@@ -3452,7 +3502,9 @@ class Corpus:
         return torch.from_numpy(values).to(self.device)
 
     def batch(self, step: int) -> torch.Tensor:
-        """Return a step's batch, int64 [batch_size, block_size]: a fresh permutation an epoch, every block once in it."""
+        """Return a step's batch, int64 [batch_size, block_size]: a fresh permutation an epoch, every block once in
+        it.
+        """
         config = self.config
         positions = step * config.batch_size + np.arange(config.batch_size)
         rows = np.empty_like(positions)
@@ -3555,7 +3607,9 @@ def encoded_pieces(
 
 
 def write_corpus(config: Config, source: Source, given, folder: Path) -> None:
-    """Write tokens, how frequent each is in training, the tokenizer and corpus.json; memory does not grow with the text."""
+    """Write tokens, how frequent each is in training, the tokenizer and corpus.json; memory does not grow with the
+    text.
+    """
     name, tokenizer = config.tokenizer_name, given
     if tokenizer is None and name == "gpt2":
         tokenizer = wrapped_tokenizer(gpt2_tokenizer())
@@ -3640,7 +3694,9 @@ def loaded_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast
 
 
 def build_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast) -> torch.nn.Module:
-    """Return the model of --init_from, or a Llama with initial weights that are a function of the seed; on the CPU, float32."""
+    """Return the model of --init_from, or a Llama with initial weights that are a function of the seed; on the CPU,
+    float32.
+    """
     if config.init_from:
         return loaded_model(config, tokenizer)
     size = MODEL_SIZES[config.model_size]
@@ -3674,6 +3730,11 @@ def initialize(model: torch.nn.Module, seed: int, *stage: int) -> None:
             elif parameter.requires_grad:
                 generator = stream(torch.device("cpu"), seed, PURPOSE_INIT, index, *stage)
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, INITIAL_DEVIATION, generator=generator))
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """Return the number of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -3735,7 +3796,9 @@ def outer_parameters(model: torch.nn.Module) -> set[int]:
 
 
 def available_memory(device: torch.device) -> int:
-    """Return the bytes free for a step: the accelerator's, or the machine's available memory (Linux; elsewhere 4 GiB)."""
+    """Return the bytes free for a step: the accelerator's, or the machine's available memory (Linux; elsewhere 4
+    GiB).
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -3746,8 +3809,8 @@ def available_memory(device: torch.device) -> int:
 
 
 def query_group(config: Config, about: transformers.PretrainedConfig, device: torch.device) -> int:
-    """Return how many queries are in one forward pass: 0 where they are not batched, else the flag's number, or for auto
-    what half the free memory holds.
+    """Return how many queries are in one forward pass: 0 where they are not batched, else the flag's number, or for
+    auto what half the free memory holds.
     """
     if not config.parallel_q_computation:
         return 0
@@ -3900,7 +3963,9 @@ class RunDirectory:
     """One run's folder. A fresh run makes its own; nothing in it is written over but what belongs to it."""
 
     def __init__(self, path: Path, config: Config):
-        """Hold an existing folder, for this process alone; its metrics are read, what a kill has left is cleared away."""
+        """Hold an existing folder, for this process alone; its metrics are read, what a kill has left is cleared
+        away.
+        """
         self.path, self.config, self.checkpoints = path, config, path / "checkpoints"
         self.lock = filelock.FileLock(path / ".lock")
         with storing(path):
@@ -3979,7 +4044,8 @@ class RunDirectory:
             write_whole(self.path / "metrics.csv", content.getvalue())
 
     def save_checkpoint(self, name: str, about: dict, model, tokenizer, state: dict[str, torch.Tensor]) -> Path:
-        """Write a checkpoint folder that is whole or not there: staged beside its place, flushed, manifest last, renamed.
+        """Write a checkpoint folder that is whole or not there: staged beside its place, flushed, manifest last,
+        renamed.
 
         It is a Hugging Face model folder with the optimizer's state beside the weights, safetensors and JSON only.
         """
@@ -4103,7 +4169,9 @@ def perplexity(loss: float) -> float:
 
 
 def metrics_row(record: Record | None, **facts) -> dict[str, str]:
-    """Return a row of metrics.csv: the facts that are known, and the record of the step before (None before the first)."""
+    """Return a row of metrics.csv: the facts that are known, and the record of the step before (None before the
+    first).
+    """
     if record is not None:
         c = record.projected_grads[np.isfinite(record.projected_grads)]
         facts |= {"loss": f"{record.loss:.6f}", "learning_rate": f"{record.learning_rate:.6g}"}
@@ -4138,7 +4206,9 @@ def smoothed(values: Sequence[float], memory: float = 0.9) -> list[float]:
 
 
 def draw_loss(run: RunDirectory, unigram: float | None) -> Path | None:
-    """Draw loss.png: training and validation loss against steps and against forward tokens; None before the first step."""
+    """Draw loss.png: training and validation loss against steps and against forward tokens; None before the first
+    step.
+    """
     if len(run.rows) < 2:
         return None
     figure = importlib.import_module("matplotlib.figure").Figure(figsize=(10, 4), layout="constrained")
@@ -4172,7 +4242,9 @@ def draw_loss(run: RunDirectory, unigram: float | None) -> Path | None:
 
 
 class Trackers:
-    """TensorBoard and --track beside metrics.csv. One that fails is left out from then on, with a line; the run goes on."""
+    """TensorBoard and --track beside metrics.csv. One that fails is left out from then on, with a line; the run goes
+    on.
+    """
 
     def __init__(self, run: RunDirectory):
         self.run, self.sinks, config = run, {}, run.config
@@ -4221,7 +4293,9 @@ def flag_words(flags: dict) -> list[str]:
 
 
 def model_card(run: RunDirectory, row: dict[str, str], facts: dict[str, str]) -> str:
-    """Return README.md of an exported model: where it comes from and what it reached, with the metadata that the hub reads."""
+    """Return README.md of an exported model: where it comes from and what it reached, with the metadata that the hub
+    reads.
+    """
     config = run.config
     metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [zeroth-order]"]
     if config.init_from and not Path(config.init_from).is_dir():
@@ -4357,9 +4431,9 @@ class Phase(NamedTuple):
 def plan(config: Config, blocks: int, epoch: int) -> list[Phase]:
     """Return a run's phases; `blocks` are the model's, `epoch` steps an epoch. Raises UsageError.
 
-    Layerwise, as in Allaire et al. 2025: the embedding (here with what else is in no block) by backpropagation, then each
-    block, from new weights, by the run's mode; whatever is not in its stage is frozen. What could be read of the paper does
-    not say what blocks to come are: here they are there, with their initial weights.
+    Layerwise, as in Allaire et al. 2025: the embedding (here with what else is in no block) by backpropagation, then
+    each block, from new weights, by the run's mode; whatever is not in its stage is frozen. What could be read of the
+    paper does not say what blocks to come are: here they are there, with their initial weights.
     """
     if not config.layerwise:
         total = config.max_steps or config.epochs * epoch
@@ -4446,7 +4520,8 @@ class Trainer:
         closed = config.kind.queries and config.head == "closed_form"
         if (closed or (config.kind.queries and not config.family.perturbs_weights)) and not objective.sliced:
             raise UsageError(
-                "--head closed_form, --direction feedback: this model's logits are not its output layer applied to its hidden "
+                "--head closed_form, --direction feedback: this model's logits are not its output "
+                "layer applied to its hidden "
                 "states; take --head estimated and --direction gaussian"
             )
         exact = next((t for t in tensors if closed and t.parameter is objective.head.weight), None)
@@ -4529,7 +4604,8 @@ class Trainer:
         if config.layerwise:
             how = "backpropagation" if phase.always else "queries"
             what[0] = (
-                f"stage {phase.number} of {len(self.job.phases) - 1}: {phase.scope}, steps {phase.first} to {phase.end - 1}, "
+                f"stage {phase.number} of {len(self.job.phases) - 1}: {phase.scope}, steps "
+                f"{phase.first} to {phase.end - 1}, "
                 + (f"{how}, {phase.optimizer} {phase.learning_rate:g}; " + what[0])
             )
         return what + ([] if phase.always else self.between.about())
@@ -4551,9 +4627,10 @@ def opening_lines(job: Job, trainer: Trainer) -> list[str]:
     lines = [
         f"run directory {job.run.path}",
         f"mode {rule}; {rate}, {curve}",
-        f"model: {kind}, {short(sum(p.numel() for p in job.model.parameters()))} parameters",
+        f"model: {kind}, {short(parameter_count(job.model))} parameters",
         f"device: {device}{threads}, computing in {config.dtype}, weights in float32",
-        f"data: {config.dataset}, {sum(about['documents'].values())} documents, {short(about['tokens']['train'])} training tokens "
+        f"data: {config.dataset}, {sum(about['documents'].values())} documents, "
+        f"{short(about['tokens']['train'])} training tokens "
         f"in {corpus.blocks} sequences, {len(corpus.validation_rows)} validation sequences used; tokenizer "
         f"{config.tokenizer_name}, {len(corpus.tokenizer)} tokens",
         f"steps: {job.total} of {config.batch_size} x {config.block_size} tokens"
@@ -4569,7 +4646,7 @@ def opening_lines(job: Job, trainer: Trainer) -> list[str]:
 
 def check_space(job: Job, trainer: Trainer) -> None:
     """Raise StorageError where the checkpoints that are kept, and the one being written, don't fit on the disk."""
-    config, whole = job.config, sum(p.numel() for p in job.model.parameters())
+    config, whole = job.config, parameter_count(job.model)
     copies = max(1 if phase.optimizer == "sgd" else 3 for phase in job.phases) + config.kind.guided
     each = 4 * copies * whole
     due = min(config.keep_checkpoints + 1, 1 + job.total // config.save_interval)
@@ -4577,7 +4654,8 @@ def check_space(job: Job, trainer: Trainer) -> None:
     free = shutil.disk_usage(job.run.path).free
     if free < due * each + 8 * whole:
         raise StorageError(
-            f"{job.run.path}: {short(free)}B are free, and {due} checkpoints of {short(each)}B and the best one are to be kept "
+            f"{job.run.path}: {short(free)}B are free, and {due} checkpoints of {short(each)}B and "
+            f"the best one are to be kept "
             "there at a time; free space, set --log_dir, or lower --keep_checkpoints"
         )
 
@@ -4705,7 +4783,8 @@ class Account:
         first, lowest, last = (float(each["val_loss"]) for each in (validated[0], best, row))
         log.info(
             f"validation loss {first:.4f} at the start; best {lowest:.4f} at step {best['step']} (perplexity "
-            f"{perplexity(lowest):.1f}); last {last:.4f} (perplexity {perplexity(last):.1f}, {row['val_bits_per_byte']} bits a byte)"
+            f"{perplexity(lowest):.1f}); last {last:.4f} (perplexity {perplexity(last):.1f}, "
+            f"{row['val_bits_per_byte']} bits a byte)"
         )
         if job.ranks.size > 1:
             log.info(f"ranks: rank 0 sent the others {job.ranks.sent / max(1, steps):.0f} bytes a step")
@@ -4726,7 +4805,7 @@ class Account:
         return {
             "mode": config.mode + f", directions {config.direction}" * config.kind.queries,
             "initial weights": config.init_from or f"a new Llama of size {config.model_size}, seed {config.seed}",
-            "parameters": f"{short(sum(p.numel() for p in self.job.model.parameters()))}, {short(trainer.trained)} trained",
+            "parameters": f"{short(parameter_count(self.job.model))}, {short(trainer.trained)} trained",
             "data": f"{config.dataset}, {about['documents']['train']:,} documents, {about['tokens']['train']:,} tokens",
             "tokenizer": f"{config.tokenizer_name}, {len(self.job.corpus.tokenizer):,} tokens",
             "single-token frequencies give": f"{self.job.unigram:.4f}",
@@ -4854,13 +4933,16 @@ def check_ranks(job: Job, done: int) -> None:
     digests = job.ranks.gather(sample_digest(job.model, job.config.seed, done), f"step {done}")
     if odd := [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]:
         raise RankError(
-            f"step {done}: other weights on rank {', '.join(odd)} than on rank 0; do all run on the same kind of device, with "
+            f"step {done}: other weights on rank {', '.join(odd)} than on rank 0; do all run on the "
+            f"same kind of device, with "
             "the same versions? Start the ranks again with --resume to go on"
         )
 
 
 def advance(job: Job, trainer: Trainer, step: int) -> tuple[Record, bool]:
-    """Make a step: measure it, unless the journal has it, and apply its record; return that, and whether it was measured."""
+    """Make a step: measure it, unless the journal has it, and apply its record; return that, and whether it was
+    measured.
+    """
     job.ranks.heed(f"step {step}")
     known = job.journal.get(step)
     record = known or trainer.measure(step)
@@ -4871,7 +4953,9 @@ def advance(job: Job, trainer: Trainer, step: int) -> tuple[Record, bool]:
 
 
 def train(job: Job, start: Start, trainer: Trainer) -> int:
-    """Make the steps from `start` to the last; those in the journal are applied without being measured. The exit code."""
+    """Make the steps from `start` to the last; those in the journal are applied without being measured. The exit
+    code.
+    """
     config, ranks, done, tokens, code = job.config, job.ranks, start.step, start.forward_tokens, 0
     account = Account(job, start) if job.run else None
     batch = config.batch_size * config.block_size
@@ -4942,7 +5026,9 @@ def dry_run(config: Config, ranks: Ranks) -> int:
 
 
 def rehearse(job: Job) -> None:
-    """Make two steps, a validation, a checkpoint written and read back; say what they took, and what a whole run would."""
+    """Make two steps, a validation, a checkpoint written and read back; say what they took, and what a whole run
+    would.
+    """
     config, total, seconds = job.config, job.total, []
 
     def timed(act: Callable):
@@ -4971,11 +5057,13 @@ def rehearse(job: Job) -> None:
     size = sum(path.stat().st_size for path in folder.iterdir())
     kept = min(config.keep_checkpoints, 1 + total // config.save_interval) + 1
     log.info(
-        f"dry run: validation loss {loss:.4f} ({validation:.2f} s), two steps ({first:.2f} s and {other:.2f} s), a checkpoint "
+        f"dry run: validation loss {loss:.4f} ({validation:.2f} s), two steps ({first:.2f} s and "
+        f"{other:.2f} s), a checkpoint "
         f"written and read back ({saving:.2f} s, {short(size)}B)"
     )
     log.info(
-        f"the whole run: {total} steps in about {duration(whole)}; disk {short(kept * size)}B ({kept} checkpoints); peak memory "
+        f"the whole run: {total} steps in about {duration(whole)}; disk {short(kept * size)}B ({kept} "
+        f"checkpoints); peak memory "
         f"so far {peak_memory_mib(job.objective.device):.0f} MiB"
     )
     log.info("nothing was kept but the tokens")
@@ -5063,7 +5151,8 @@ def replay_report(job: Job, trainer: Trainer, step: int, tokens: int, took: floa
         log.info(f"training took {trained[0]:.1f} s with its validations: {trained[0] / took:.1f} times as long")
     size, journal = sum(path.stat().st_size for path in written.iterdir()), job.journal.path.stat().st_size
     log.info(
-        f"the journal has {journal / max(1, len(job.journal.places)):.0f} bytes a step, {journal} in all; a checkpoint {size}"
+        f"the journal has {journal / max(1, len(job.journal.places)):.0f} bytes a step, {journal} in "
+        f"all; a checkpoint {size}"
     )
     if not own.is_dir():
         log.info(f"nothing to compare with: the run keeps no checkpoint of step {step}")
@@ -5083,7 +5172,8 @@ def replay_report(job: Job, trainer: Trainer, step: int, tokens: int, took: floa
 
 
 def tune_process() -> None:
-    """Set what must precede the import of torch; the first and the last are worth a quarter of a batched step on two cores.
+    """Set what must precede the import of torch; the first and the last are worth a quarter of a batched step on two
+    cores.
 
     Idle OpenMP threads sleep instead of spinning on cores that workers use, and glibc keeps freed memory instead of
     returning it to the system, so that large temporaries are not paid for in page faults at every layer.

@@ -1,5 +1,6 @@
 """--direction feedback against a reference in plain autograd, written from its description, and against theory."""
 
+import collections
 import math
 
 import harness
@@ -10,10 +11,8 @@ from safetensors.torch import load_file
 
 import reproduce_zo_paper as zo
 
-CPU, SEED = torch.device("cpu"), 4
-BETA, RIDGE = 0.95, 1e-3
+SEED = 4
 BATCHES = [torch.randint(0, 61, (3, 17), generator=torch.Generator().manual_seed(step)) for step in range(40)]
-WRITERS = ("o_proj.weight", "down_proj.weight")
 
 
 def rule_of(model, workers, group: int = 0, **flags) -> zo.Feedback:
@@ -52,78 +51,69 @@ class Reference:
 
     def __init__(self, model, carry: str, q: int, epsilon: float):
         self.model, self.carry, self.q, self.epsilon = model, carry, q, epsilon
-        width = model.config.hidden_size
-        self.a = self.c = torch.zeros(width, width, dtype=torch.float64)
+        self.a = self.c = torch.zeros(24, 24, dtype=torch.float64)
+        self.layers, self.rotary = (
+            model.model.layers,
+            model.model.rotary_emb(torch.ones(1).double(), torch.arange(17)[None]),
+        )
 
-    def body(self, h0: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def body(self, h0: torch.Tensor) -> list[torch.Tensor]:
         """The inputs of the layers, and what leaves the last."""
-        rotary = self.model.model.rotary_emb(h0, torch.arange(h0.shape[1])[None])
-        inputs = [h0]
-        for layer in self.model.model.layers:
-            inputs.append(layer(inputs[-1], attention_mask=None, position_embeddings=rotary))
-        return inputs[:-1], inputs[-1]
+        states = [h0]
+        for layer in self.layers:
+            states.append(layer(states[-1], attention_mask=None, position_embeddings=self.rotary).detach())
+        return states
+
+    def parts(self, layer, x: torch.Tensor) -> list[tuple[torch.Tensor, list]]:
+        """What is trained of a layer: outputs whose product with e has the gradients, and parameters."""
+        if self.carry == "block":
+            return [(layer(x, attention_mask=None, position_embeddings=self.rotary), list(layer.parameters()))]
+        normed, attention, mlp = layer.input_layernorm(x), layer.self_attn, layer.mlp
+        first = attention(normed, position_embeddings=self.rotary, attention_mask=None)[0]
+        second = mlp(layer.post_attention_layernorm((x + first).detach()))
+        if self.carry == "stream":  # <W x, e> has the gradient e^T x
+            return [(first, [attention.o_proj.weight]), (second, [mlp.down_proj.weight])]
+        norms = [list(norm.parameters()) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        return [(first, norms[0] + list(attention.parameters())), (second, norms[1] + list(mlp.parameters()))]
+
+    def learned(self, e: torch.Tensor, h0: torch.Tensor, top: torch.Tensor, step: int) -> torch.Tensor:
+        """delta0, from the regression with this step's queries in it."""
+        r = h0.square().mean(-1, keepdim=True).sqrt()
+        self.a, self.c = 0.95 * self.a, 0.95 * self.c
+        for query in range(self.q):
+            generator = zo.stream(torch.device("cpu"), SEED, zo.PURPOSE_DIRECTION, step, query)
+            xi = torch.empty(h0.shape).normal_(generator=generator).double()
+            response = (self.body(h0 + self.epsilon * r * xi)[-1] - top) / self.epsilon
+            xi = xi.flatten(0, 1)
+            self.a, self.c = self.a + xi.T @ xi, self.c + xi.T @ response.flatten(0, 1)
+        ridge = 1e-3 * self.a.diagonal().mean() * torch.eye(24)
+        return e @ (torch.linalg.inv(self.a + ridge) @ self.c).T / r
 
     def gradients(self, step: int) -> tuple[float, dict[str, torch.Tensor]]:
-        model, ids = self.model, BATCHES[step]
+        model, ids, found = self.model, BATCHES[step], collections.defaultdict(float)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        found: dict[str, torch.Tensor] = {}
-
-        def add(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-            name = names[id(parameter)]
-            found[name] = found.get(name, 0) + gradient
-
-        h0 = model.model.embed_tokens(ids).detach()
-        inputs, top = self.body(h0)
-        inputs, top = [x.detach() for x in inputs], top.detach().requires_grad_()
+        head, norm, embedding = model.lm_head.weight, model.model.norm.weight, model.model.embed_tokens.weight
+        h0, *states = self.body(embedding.detach()[ids].requires_grad_())
+        top = states[-1].requires_grad_()
         hidden = model.model.norm(top)
-        p = torch.softmax((hidden @ model.lm_head.weight.T)[:, :-1], -1).detach()
-        delta = p - torch.nn.functional.one_hot(ids[:, 1:], p.shape[-1])
-        delta = delta / delta[..., 0].numel()
-        loss = -p.gather(-1, ids[:, 1:, None]).log().mean().item()
-        add(model.lm_head.weight, torch.einsum("rtv,rtn->vn", delta, hidden.detach()[:, :-1]))
-        b = torch.zeros_like(hidden)
-        b[:, :-1] = delta @ model.lm_head.weight.detach()
-        e, norm = torch.autograd.grad(hidden, [top, model.model.norm.weight], b)
-        add(model.model.norm.weight, norm)
-        rotary, delta0 = model.model.rotary_emb(h0, torch.arange(ids.shape[1])[None]), e
-        for layer, x in zip(model.model.layers, inputs):
-            if self.carry == "block":
-                parameters = list(layer.parameters())
-                output = layer(x.requires_grad_(), attention_mask=None, position_embeddings=rotary)
-                *found_here, delta = torch.autograd.grad((output * e).sum(), [*parameters, x])
-                delta0 = delta if layer is model.model.layers[0] else delta0
-                for parameter, gradient in zip(parameters, found_here):
-                    add(parameter, gradient)
-                continue
-            attention = layer.self_attn(layer.input_layernorm(x), position_embeddings=rotary, attention_mask=None)[0]
-            middle = (x + attention).detach()
-            branches = [(attention, layer.input_layernorm, layer.self_attn, "o_proj")]
-            mlp = layer.mlp(layer.post_attention_layernorm(middle))
-            branches.append((mlp, layer.post_attention_layernorm, layer.mlp, "down_proj"))
-            for output, before, module, writer in branches:
-                parameters = [*before.parameters(), *module.parameters()]
-                if self.carry == "stream":  # e^T x of what writes to the stream: its gradient of <output, e>
-                    parameters = [getattr(module, writer).weight]
-                for parameter, gradient in zip(parameters, torch.autograd.grad((output * e).sum(), parameters)):
-                    add(parameter, gradient)
-        if self.q:
-            r = h0.square().mean(-1, keepdim=True).sqrt()
-            self.a, self.c = BETA * self.a, BETA * self.c
-            for query in range(self.q):
-                generator = zo.stream(CPU, SEED, zo.PURPOSE_DIRECTION, step, query)
-                xi = torch.empty(h0.shape).normal_(generator=generator).double()
-                moved = self.body(h0 + self.epsilon * r * xi)[1].detach()
-                response = ((moved - top.detach()) / self.epsilon).flatten(0, 1)
-                self.a, self.c = self.a + xi.flatten(0, 1).T @ xi.flatten(0, 1), self.c + xi.flatten(0, 1).T @ response
-            ridge = RIDGE * self.a.diagonal().mean() * torch.eye(len(self.a))
-            delta0 = e @ (torch.linalg.inv(self.a + ridge) @ self.c).T / r
-        embedding = torch.zeros_like(model.model.embed_tokens.weight)
-        add(model.model.embed_tokens.weight, embedding.index_add(0, ids.flatten(), delta0.flatten(0, 1).detach()))
-        return loss, {name: gradient.detach() for name, gradient in found.items()}
+        p = torch.softmax((hidden @ head.T)[:, :-1], -1).detach()
+        delta = (p - torch.nn.functional.one_hot(ids[:, 1:], 61)) / ids[:, 1:].numel()
+        found[names[id(head)]] += torch.einsum("rtv,rtn->vn", delta, hidden.detach()[:, :-1])
+        b = torch.nn.functional.pad(delta @ head.detach(), (0, 0, 0, 1))
+        e, found["model.norm.weight"] = torch.autograd.grad(hidden, [top, norm], b)
+        delta0 = e if not self.q else self.learned(e, h0.detach(), top.detach(), step)
+        for number, (layer, x) in enumerate(zip(self.layers, [h0, *states])):
+            for output, parameters in self.parts(layer, x):
+                entry = [x] if self.carry == "block" and number == 0 else []
+                gradients = torch.autograd.grad((output * e).sum(), [*parameters, *entry])
+                found |= {names[id(parameter)]: gradient for parameter, gradient in zip(parameters, gradients)}
+                delta0 = gradients[-1] if entry else delta0
+        entry = torch.zeros_like(embedding.detach()).index_add(0, ids.flatten(), delta0.detach().flatten(0, 1))
+        found[names[id(embedding)]] += entry
+        return -p.gather(-1, ids[:, 1:, None]).log().mean().item(), found
 
 
-HOW = [("stream", 0, 0), ("stream", 3, 2), ("block", 0, 0)]
-HOW += [("branch", 0, 0), ("branch", 1, 0), ("branch", 3, 0), ("branch", 3, 2)]
+HOW = [("stream", 0, 0), ("stream", 3, 2), ("block", 0, 0), ("branch", 0, 0), ("branch", 1, 0), ("branch", 3, 2)]
 
 
 @pytest.mark.parametrize(("carry", "q", "group"), HOW)
@@ -135,13 +125,12 @@ def test_two_steps_are_those_of_the_reference(carry, tied, q, group, workers):
     for step in range(2):
         loss, wanted = reference.gradients(step)
         record, found = step_of(rule, step)
-        assert record.loss == pytest.approx(loss, rel=1e-9)
-        outside = [g.norm().item() for name, g in wanted.items() if "layers" not in name]
-        assert tied or carry == "block" or record.grad_norm == pytest.approx(math.hypot(*outside), rel=1e-4)
+        assert record.loss == pytest.approx(loss, rel=1e-6)
+        outside = math.hypot(*(gradient.norm().item() for name, gradient in wanted.items() if "layers" not in name))
+        assert tied or carry == "block" or record.grad_norm == pytest.approx(outside, rel=1e-4)
         for name, gradient in found.items():
-            gradient_wanted = wanted.get(name, torch.zeros_like(gradient))
-            tolerance = 1e-4 * gradient_wanted.abs().max().item()
-            torch.testing.assert_close(gradient, gradient_wanted, rtol=0, atol=tolerance, msg=f"{step} {name}")
+            own = wanted.get(name, torch.zeros_like(gradient))
+            torch.testing.assert_close(gradient, own, rtol=0, atol=1e-4 * own.abs().max().item(), msg=f"{step} {name}")
 
 
 # ---- where theory makes it exact, on many kinds of models ------------------------------------------------------------
@@ -149,17 +138,10 @@ def test_two_steps_are_those_of_the_reference(carry, tied, q, group, workers):
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
 SMALL |= {"ffn_dim": 40, "word_embed_proj_dim": 32, "num_key_value_heads": 4, "max_position_embeddings": 64}
 SMALL |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, "tie_word_embeddings": False}
-# What lies, in the last block, before nothing but the end of the stream: its MLP, and where they are parallel its attention.
-LAST = {
-    "llama": ("layers.1.mlp", "layers.1.post_"),
-    "qwen2": ("layers.1.mlp", "layers.1.post_"),
-    "gpt2": ("h.1.mlp", "h.1.ln_2"),
-    "opt": ("layers.1.fc", "layers.1.final_layer_norm"),
-    "gpt_neox": ("layers.1.",),
-    "phi": ("layers.1.",),
-    "falcon": ("h.1.",),
-    "gptj": ("h.1.",),
-}
+# What nothing but the end of the stream lies behind, in the last block: the MLP; where they are parallel, attention too.
+LAST = {kind: ("layers.1.mlp", "layers.1.post_") for kind in ("llama", "qwen2")}
+LAST |= {"gpt2": ("h.1.mlp", "h.1.ln_2"), "opt": ("layers.1.fc", "layers.1.final_layer_norm")}
+LAST |= {"gpt_neox": ("layers.1.",), "phi": ("layers.1.",), "falcon": ("h.1.",), "gptj": ("h.1.",)}
 OUTSIDE = ("model.norm", "ln_f", "decoder.final_layer", "neox.final_layer", "model.final_layer", "lm_head")
 
 
@@ -177,26 +159,40 @@ def model_of(kind: str):
 
 @pytest.mark.parametrize("kind", LAST)
 def test_it_is_exact_where_it_should_be_and_trains_what_it_says(kind, workers):
-    """The last block's MLP, the final norm and the output layer have true gradients, as e is exact there; branch moves
-    all that a true gradient moves; stream, as branch does, what is outside and the matrices that write to the stream.
+    """The last block's MLP, or with carry block all of it, the final norm and the output layer have true gradients, as e
+    is exact there; branch and block move all that a true gradient moves; stream, as branch does, what is outside and the
+    matrices that write to the stream.
     """
     model = model_of(kind)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    true, found = true_gradient(model, 0), {}
-    for carry in ("branch", "stream"):
-        found[carry] = step_of(rule_of(model, workers, carry=carry), 0, 1.0)[1]
+    weights, true, found = (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        true_gradient(model, 0),
+        {},
+    )
+    for carry, exact in (("branch", LAST[kind]), ("block", ("layers.1.", "h.1.")), ("stream", ())):
+        gradients = step_of(rule_of(model, workers, carry=carry), 0, 1.0)[1]
+        found[carry] = {name: gradient for name, gradient in gradients.items() if gradient.any()}
         model.load_state_dict(weights)
-    branch, stream = ({name: g for name, g in found[carry].items() if g.any()} for carry in ("branch", "stream"))
-    exact = [name for name in true if any(part in name for part in (*OUTSIDE, *LAST[kind]))]
-    assert len(exact) > 4
-    for name in exact:
-        assert (branch[name] - true[name]).norm() < 1e-3 * true[name].norm(), name
-    assert {name for name in true if true[name].abs().max() > 1e-7} <= set(branch)
-    inside = {name for name in stream if ".1." in name or ".0." in name}
+        names = [name for name in true if any(part in name for part in (*OUTSIDE, *exact))]
+        assert len(names) > (4 if exact else 1)
+        for name in names:
+            assert (gradients[name] - true[name]).norm() < 1e-3 * true[name].norm(), name
+        assert carry == "stream" or {name for name in true if true[name].abs().max() > 1e-7} <= set(found[carry])
+    inside = {name for name in found["stream"] if ".1." in name or ".0." in name}
     assert len(inside) == 4  # two matrices a block: attention's and the MLP's
-    assert set(stream) - inside == {name for name in branch if ".1." not in name and ".0." not in name}
+    assert found["stream"].keys() - inside == {
+        name for name in found["branch"] if ".1." not in name and ".0." not in name
+    }
     for name in inside:
-        assert (stream[name] - branch[name]).norm() < 1e-3 * branch[name].norm(), name
+        assert (found["stream"][name] - found["branch"][name]).norm() < 1e-3 * found["branch"][name].norm(), name
+
+
+def test_blocks_that_norm_what_a_branch_gives_are_refused_by_branch_and_trained_by_block(workers):
+    model = model_of("olmo2")
+    _, found = step_of(rule_of(model, workers, carry="block"), 0)
+    assert all(gradient.any() for gradient in found.values())
+    with pytest.raises(zo.UsageError, match="block"):
+        step_of(rule_of(model, workers), 0)
 
 
 # ---- what queries learn ----------------------------------------------------------------------------------------------
@@ -214,21 +210,18 @@ class Linear(torch.nn.Module):
 
 
 def test_the_way_that_is_learned_is_r_times_the_jacobian(workers):
-    """Of a linear body, whatever epsilon is: after a few steps with many queries delta0 is the true error."""
-    model = harness.llama("float64", tied=False)
-    generator, jacobian = torch.Generator().manual_seed(0), torch.eye(24, dtype=torch.float64)
+    """Of a linear body, however far queries move; delta0 is the true error then."""
+    model, jacobian = harness.llama("float64", tied=False), torch.eye(24, dtype=torch.float64)
+    generator, weight = torch.Generator().manual_seed(0), model.model.embed_tokens.weight.detach()
     for number in range(2):
-        matrix = torch.eye(24, dtype=torch.float64) + torch.randn(24, 24, generator=generator, dtype=torch.float64)
+        matrix = torch.eye(24) + torch.randn(24, 24, generator=generator, dtype=torch.float64)
         model.model.layers[number], jacobian = Linear(matrix), matrix @ jacobian
-    with torch.no_grad():  # r is the same at every token
-        weight = model.model.embed_tokens.weight
-        weight.mul_(0.7 / weight.square().mean(-1, keepdim=True).sqrt())
-    rule = rule_of(model, workers, query_budget_q=20, epsilon=0.7)
-    true = true_gradient(model, 0)["model.embed_tokens.weight"]
+    weight.mul_(0.7 / weight.square().mean(-1, keepdim=True).sqrt())  # r is the same at every token
+    rule, true = rule_of(model, workers, query_budget_q=20, epsilon=0.7), true_gradient(model, 0)
     _, found = step_of(rule, 0, 1e-9)
     a, c = (moment.double() for moment in rule.moments)
     torch.testing.assert_close(torch.linalg.solve(a, c), 0.7 * jacobian.T, rtol=0, atol=1e-3)
-    assert cosine(found["model.embed_tokens.weight"], true) > 0.9999
+    assert cosine(found["model.embed_tokens.weight"], true["model.embed_tokens.weight"]) > 0.9999
 
 
 def test_queries_find_the_way_to_the_embedding_where_the_error_carried_is_blind(workers):
@@ -250,14 +243,13 @@ def test_queries_find_the_way_to_the_embedding_where_the_error_carried_is_blind(
 
 
 def test_a_run_learns_moves_what_it_may_and_is_replayed_bit_for_bit(runs, capsys):
-    flags = {"direction": "feedback", "optimizer": "adam", "epsilon": 0.1, "query_budget_q": 2, "learning_rate": 1e-2}
-    run = runs.train(**flags, max_steps=12, save_interval=1, carry="stream")
+    run = runs.train(
+        direction="feedback", carry="stream", query_budget_q=2, learning_rate=1e-2, max_steps=12, save_interval=1
+    )
     assert runs.replay(run) == 0
     assert "bitwise equal to" in capsys.readouterr().out
     first, last = (load_file(run / "checkpoints" / f"step_{n:08d}" / "model.safetensors") for n in (1, 12))
-    moved = {name for name in first if not torch.equal(first[name], last[name])}
-    assert moved == {name for name in first if name.endswith((*WRITERS, "embed_tokens.weight", "model.norm.weight"))}
+    may = ("o_proj.weight", "down_proj.weight", "embed_tokens.weight", "model.norm.weight")
+    assert {name for name in first if not torch.equal(first[name], last[name])} == {n for n in first if n.endswith(may)}
     rows = harness.metrics(run)
     assert float(rows[-1]["val_loss"]) < float(rows[0]["val_loss"]) - 0.3
-    config = zo.read_config(run)
-    assert int(rows[-1]["forward_tokens"]) == 12 * (3 + 2) * config.batch_size * config.block_size
