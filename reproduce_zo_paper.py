@@ -534,7 +534,8 @@ def value_fault(field: dataclasses.Field, value) -> str | None:
     limits |= {f"must be below {about.get('below')}": "below" in about and value >= about["below"]}
     limits |= {f"must be at least {about.get('least')}": "least" in about and value < about["least"]}
     most = about.get("most", 10**12)
-    limits |= {f"must be at most {most:g}" if most < 2**60 else "must be below 2**63": value > most}
+    shown = f"{most:,}" if kind == "int" else f"{most:g}"
+    limits |= {f"must be at most {shown}" if most < 2**60 else "must be below 2**63": value > most}
     return next((words for words, wrong in limits.items() if wrong), None)
 
 
@@ -628,8 +629,8 @@ def value_faults(config: Config) -> list[str]:
          "norms, embedding, reduced, layerwise, or blocks:I-J with I up to J (blocks:0-1: the first two)"),
         (c.run_name is None or PLAIN_NAME.fullmatch(c.run_name), f"--run_name {c.run_name!r}: must be a plain name of "
          "1 to 100 characters, without / or control characters and without a leading dot or dash"),
-        (c.init_from is None or Path(c.init_from).is_dir() or HUB_ID.fullmatch(c.init_from), f"--init_from "
-         f"{c.init_from}: neither a folder nor a hub id (OWNER/NAME)" + (f"; did you mean {old_name}?" if old_name else "")),
+        (c.init_from is None or Path(c.init_from).is_dir() or HUB_ID.fullmatch(c.init_from), f"--init_from {c.init_from}:"
+         " neither a folder nor a hub id (OWNER/NAME)" + (f"; did you mean {old_name}?" if old_name else "")),
         (c.init_from or c.block_size <= MAX_POSITIONS, f"--block_size {c.block_size}: the model has {MAX_POSITIONS} "
          "positions; lower it"),
         (c.bp_interval or not own.interval, f"--bp_interval: --mode {c.mode} needs it (a number of steps, such as 5)"),
@@ -641,14 +642,14 @@ def value_faults(config: Config) -> list[str]:
          "error to the embedding"),
         (not own.queries or c.optimizer in (family.optimizers or OPTIMIZERS), f"--optimizer {c.optimizer}: not for "
          f"--direction {c.direction}: Muon would amplify rounding in the null space of its estimate; take sgd or adam"),
-        (c.min_lr <= c.learning_rate, f"--min_lr {c.min_lr:g}: must be from 0 to the learning rate"),
+        (c.min_lr <= c.learning_rate, f"--min_lr {c.min_lr:g}: must be from 0 to --learning_rate"),
         (not c.use_lr_scheduler or c.warmup_steps < (c.max_steps or sys.maxsize), f"--warmup_steps "
          f"{c.warmup_steps}: as long as the run of {c.max_steps} steps; lower it"),
         (not c.layerwise or not own.interval, f"--scope layerwise: only --mode FO and ZO have it, not {c.mode}"),
         (not c.layerwise or c.head == "estimated", "--scope layerwise: the head is trained with the embedding, in the "
          "first stage; leave out --head closed_form"),
-        (not c.layerwise or c.init_from is None, "--scope layerwise: gives every block new weights, and would undo those "
-         "of --init_from; take blocks:I-J"),
+        (not c.layerwise or c.init_from is None, "--scope layerwise: gives every block new weights, and would undo "
+         "those of --init_from; take blocks:I-J"),
     ]
     return [line for fine, line in checks if not fine]
 # fmt: on
@@ -698,7 +699,8 @@ def validate(config: Config, given: set[str], faulty: set[str]) -> list[str]:
     """Return every fault that shows without data, one line each; flags in `faulty` have had theirs."""
     faults = action_faults(config, given) + package_faults(config) + folder_faults(config)
     if not any(getattr(config, name) for name in ACTIONS):  # else the other flags are the run's own
-        faults += value_faults(config) + (useless_flags(config, given) if not faulty else []) + text_faults(config)
+        both = [line for line in value_faults(config) if not any(f"--{name}" in line.split() for name in faulty)]
+        faults += both + (useless_flags(config, given) if not faulty else []) + text_faults(config)
     return [fault for fault in dict.fromkeys(faults) if fault.split()[0].strip(":,").removeprefix("--") not in faulty]
 
 
@@ -3097,7 +3099,7 @@ class Feedback(Rule):
 
     def about(self) -> list[str]:
         how = {
-            "block": "torch.autograd within one block at a time, nothing across blocks; the first's reaches the embedding",
+            "block": "torch.autograd within one block at a time, nothing across blocks; the first reaches the embedding",
             "branch": "torch.autograd within one branch (attention, MLP) at a time, nothing across branches",
             "stream": "the matrices that write to the stream alone, no autograd in any block",
         }[self.config.carry]
@@ -3472,7 +3474,7 @@ class Corpus:
         """The validation sequences used, by number, spread evenly; raises UsageError where there is none."""
         size = self.config.block_size
         if (blocks := len(self.validation) // size) < 1:
-            few = f"{len(self.validation)} validation tokens (of one document in {VALIDATION_SHARE}) are less than a sequence"
+            few = f"{len(self.validation)} validation tokens (of 1 document in {VALIDATION_SHARE}) are less than a sequence"
             raise UsageError(f"{self.source.flag} {self.source.name}: {few} of {size}; {self._lacking()}")
         return np.linspace(0, blocks - 1, min(self.config.eval_samples, blocks)).astype(np.int64)
 
@@ -4975,7 +4977,7 @@ def train(job: Job, start: Start, trainer: Trainer) -> int:
     except Interrupted as stop:
         code = 128 + stop.args[0]
     except NonFiniteError:
-        if account:
+        if account and all(parameter.isfinite().all() for parameter in job.model.parameters()):
             log.info(f"the weights before this step are kept in {account.save(trainer, done, tokens)}")
         raise
     finally:
