@@ -3077,7 +3077,8 @@ class Feedback(Rule):
 
         def product(module: torch.nn.Module, given: tuple, out: torch.Tensor) -> None:
             index = next(t.index for t in self.inner[at] if t.parameter is module.weight)
-            weight = flat.T @ given[0].reshape(len(flat), -1).float()
+            with torch.autocast(flat.device.type, enabled=False):
+                weight = flat.T @ given[0].reshape(len(flat), -1).float()
             transposed = isinstance(module, transformers.pytorch_utils.Conv1D)  # W [in, out]
             gradients[index] = weight.T.contiguous() if transposed else weight
 
@@ -3446,10 +3447,16 @@ class Corpus:
     """
 
     def __init__(self, config: Config, source: Source, folder: Path, device: torch.device):
-        about = read_json(folder / "corpus.json")
-        self.config, self.source, self.device, self.folder, self.about = config, source, device, folder, about
-        self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-        self.train, self.validation = (self._open(split) for split in ("train", "validation"))
+        self.config, self.source, self.device, self.folder = config, source, device, folder
+        self.about = read_json(folder / "corpus.json")
+        try:
+            self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+            self.train, self.validation = (self._open(split) for split in ("train", "validation"))
+            self.frequencies = np.fromfile(folder / "frequencies.bin", np.int64)  # of tokens in training, [vocabulary]
+            if len(self.frequencies) != len(self.tokenizer):
+                raise ValueError(f"{len(self.frequencies)} frequencies of {len(self.tokenizer)} tokens")
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UsageError(f"{folder}: damaged ({first_line(error)}); delete it to have it made again") from error
         self.blocks, size = len(self.train) // config.block_size, config.block_size
         if self.blocks < config.batch_size:
             few = f"{len(self.train)} training tokens are {self.blocks} sequences of {size}, fewer than one batch of"
@@ -3477,11 +3484,6 @@ class Corpus:
             few = f"{len(self.validation)} validation tokens (of 1 document in {VALIDATION_SHARE}) are less than a sequence"
             raise UsageError(f"{self.source.flag} {self.source.name}: {few} of {size}; {self._lacking()}")
         return np.linspace(0, blocks - 1, min(self.config.eval_samples, blocks)).astype(np.int64)
-
-    @functools.cached_property
-    def frequencies(self) -> np.ndarray:
-        """How often each token occurs among the training tokens, int64 [vocabulary]."""
-        return np.fromfile(self.folder / "frequencies.bin", np.int64)
 
     def unigram_loss(self) -> float:
         """Return the validation loss, in nats, of a model that only knows how frequent each token is (in training, plus
@@ -4131,7 +4133,7 @@ def read_config(path: Path) -> Config:
         raise UsageError(f"{where}: of another version of this script, which has no --{', --'.join(odd)}")
     values = {name: value_fault(FIELDS[name], value) for name, value in flags.items()}
     faults = [f"--{name} {flags[name]}: {fault}" for name, fault in values.items() if fault]
-    if faults := faults or value_faults(Config(**flags)):
+    if faults := faults or value_faults(Config(**flags)) + text_faults(Config(**flags | {"dataset": "embedded"})):
         raise UsageError("\n".join(f"{where}: {fault}" for fault in faults))
     return Config(**flags)
 

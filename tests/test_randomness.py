@@ -10,22 +10,11 @@ import reproduce_zo_paper as zo
 CPU = torch.device("cpu")
 
 
-def test_streams_are_part_of_the_format():
+def test_streams_are_part_of_the_format_and_every_coordinate_has_its_own():
     """Journals hold scalars only: renumbering a purpose would rebuild other models from them."""
-    assert (zo.PURPOSE_INIT, zo.PURPOSE_DIRECTION, zo.PURPOSE_DATA, zo.PURPOSE_BASIS, zo.PURPOSE_SAMPLE) == (
-        1,
-        2,
-        3,
-        4,
-        5,
-    )
+    assert (zo.PURPOSE_INIT, zo.PURPOSE_DIRECTION, zo.PURPOSE_DATA, zo.PURPOSE_BASIS) == (1, 2, 3, 4)
     expected = np.random.SeedSequence(42, spawn_key=(2, 10, 3, 5, 1)).generate_state(1, np.uint64)[0]
     assert zo.stream_seed(42, zo.PURPOSE_DIRECTION, 10, 3, 5, 1) == int(expected)
-    numbers = [torch.randn(9, generator=zo.stream(CPU, 7, 2, 1, 2, 3, 4)) for _ in range(2)]
-    assert torch.equal(*numbers)
-
-
-def test_every_coordinate_has_its_own_stream_and_large_seeds_keep_their_bits():
     grid = itertools.product((0, 1, 2**32, 2**62), (1, 2, 3), range(6), range(6), range(6))
     seeds = {zo.stream_seed(*coordinates) for coordinates in grid}
     for place in range(4):
@@ -39,31 +28,27 @@ def test_permuted_is_a_bijection_that_mixes_whatever_is_asked_together():
         for coordinates in [(0, 0), (0, 1), (2**62, 7)]:
             image = zo.permuted(index, size, *coordinates)
             assert np.array_equal(np.sort(image), index)
-            some = index[::-3]
-            assert np.array_equal(zo.permuted(some, size, *coordinates), image[some])
+            assert np.array_equal(zo.permuted(index[::-3], size, *coordinates), image[::-3])
     one = zo.permuted(index, size, 0, 0)
     for other in (index, np.roll(one, 1), zo.permuted(index, size, 0, 1), zo.permuted(index, size, 1, 0)):
         assert abs(np.corrcoef(one, other)[0, 1]) < 5 / np.sqrt(size)
-        assert (one == other).sum() < 10  # one is expected by chance
     assert len({tuple(zo.permuted(np.arange(3), 3, seed, 0)) for seed in range(200)}) == 6
 
 
 class Blocks(zo.Corpus):
     """A corpus of `blocks` blocks of 4 tokens, each the number of its block."""
 
-    def __init__(self, blocks: int, batch_size: int, seed: int = 0):
+    def __init__(self, blocks: int, batch_size: int, seed: int):
         self.config, self.device = zo.Config(batch_size=batch_size, block_size=4, seed=seed), CPU
         self.blocks, self.train = blocks, np.repeat(np.arange(blocks, dtype=np.uint16), 4)
 
 
 def test_a_batch_depends_on_its_step_alone_and_an_epoch_has_every_block_once():
-    orders = set()
+    orders = {tuple(range(100))}
     for blocks, batch_size, seed in [(12, 4, 0), (13, 4, 0), (7, 7, 0), (5, 3, 0), (100, 10, 0), (100, 10, 1)]:
-        steps = range(3 * blocks)
-        batches = {step: Blocks(blocks, batch_size, seed).batch(step) for step in reversed(steps)}
-        assert all(batch.dtype == torch.int64 and batch.eq(batch[:, :1]).all() for batch in batches.values())
-        seen = [row for step in steps for row in batches[step][:, 0].tolist()]
-        epochs = [seen[lo : lo + blocks] for lo in range(0, len(seen), blocks)]
+        batches = [Blocks(blocks, batch_size, seed).batch(step) for step in reversed(range(3 * blocks))]
+        assert all(batch.dtype == torch.int64 and batch.eq(batch[:, :1]).all() for batch in batches)
+        epochs = torch.cat(batches[::-1])[:, 0].view(-1, blocks).tolist()
         assert all(sorted(epoch) == list(range(blocks)) for epoch in epochs)
         orders |= {tuple(epoch) for epoch in epochs[:3] if blocks == 100}
-    assert len(orders | {tuple(range(100))}) == 7
+    assert len(orders) == 7

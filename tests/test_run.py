@@ -161,7 +161,11 @@ SAYS = {
     ),
     "feedback": ({"direction": "feedback"}, "mode ZO, directions feedback; sgd", True),
     "stream": ({"direction": "feedback", "carry": "stream"}, "mode ZO, directions feedback; sgd", False),
-    "Instruct": ({"mode": "Instruct", "bp_interval": 2, "direction": "feedback", "carry": "stream"}, "mode Instruct, directions", True),
+    "Instruct": (
+        {"mode": "Instruct", "bp_interval": 2, "direction": "feedback", "carry": "stream", "optimizer": "adam"},
+        "mode Instruct, directions feedback; adam",
+        True,
+    ),
 }
 
 
