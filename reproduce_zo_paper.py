@@ -3554,18 +3554,18 @@ LOCK_PATIENCE = 1.0  # seconds: for a moment a lock can outlive a killed process
 
 
 def pieces_of(text: str) -> Iterator[str]:
-    """Yield a document in pieces of PIECE_CHARACTERS at most, cut before a single blank where there is one.
+    """Yield a document in pieces of PIECE_CHARACTERS at most, cut before the last blank or line's end before a word.
 
     Byte-level tokenizers begin a token there anyway: their tokens are those of the whole. So memory does not grow with
     the longest document.
     """
     lo = 0
     while len(text) - lo > PIECE_CHARACTERS:
-        at = hi = lo + PIECE_CHARACTERS
-        while (at := text.rfind(" ", lo + 1, at)) > 0 and (text[at - 1].isspace() or text[at + 1].isspace()):
-            pass
-        yield text[lo : at if at > 0 else hi]
-        lo = at if at > 0 else hi
+        hi = lo + PIECE_CHARACTERS
+        ends = (at for at in range(hi - 1, lo, -1) if text[at] in " \n\t" and not text[at + 1].isspace())
+        hi = next(ends, hi)
+        yield text[lo:hi]
+        lo = hi
     yield text[lo:]
 
 

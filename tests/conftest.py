@@ -74,7 +74,9 @@ class Runs:
         words = harness.argv(**self.flags(name, **flags))
         return harness.Child(words, self.folder / f"{name}.out", fault)
 
-    def ranks(self, count: int, name: str = "logs", faults: dict[int, tuple] | None = None, **flags) -> list[harness.Child]:
+    def ranks(
+        self, count: int, name: str = "logs", faults: dict[int, tuple] | None = None, **flags
+    ) -> list[harness.Child]:
         """A run in `count` processes of one thread each."""
         words = harness.argv(**self.flags(name, **{"num_threads": 1} | flags))
         return harness.ranks(count, words, self.folder / f"{name}.out", faults or {})

@@ -365,7 +365,9 @@ def free_port() -> int:
 def ranks(count: int, words: list[str], log: Path, faults: dict[int, tuple]) -> list[Child]:
     """The script in `count` processes, as torchrun would start them."""
     common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    environments = [{name: str(value) for name, value in (common | {"RANK": n, "LOCAL_RANK": n}).items()} for n in range(count)]
+    environments = [
+        {name: str(value) for name, value in (common | {"RANK": n, "LOCAL_RANK": n}).items()} for n in range(count)
+    ]
     return [Child(words, log.with_suffix(f".{n}"), faults.get(n, ()), each) for n, each in enumerate(environments)]
 
 

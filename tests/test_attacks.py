@@ -1,6 +1,6 @@
 """Attacks on a run, as lists: kills, corrupted files, bad input, full disks, code that must never be executed.
 
-    python tests/test_attacks.py        tries all of them, the slow ones too, and says how many there were and how many survived
+python tests/test_attacks.py        tries all of them, the slow ones too, and says how many there were and how many survived
 """
 
 import collections
@@ -39,15 +39,17 @@ KINDS = {
 MOMENTS = {"before the first step": 0, "early": 2, "at a checkpoint": 3, "late": 7}  # lines of the journal
 QUICK = {*zip(KINDS, itertools.cycle(MOMENTS))}
 KILLS = [
-    pytest.param(*attack, marks=[] if attack in QUICK else pytest.mark.long) for attack in itertools.product(KINDS, MOMENTS)
+    pytest.param(*attack, marks=[] if attack in QUICK else pytest.mark.long)
+    for attack in itertools.product(KINDS, MOMENTS)
 ]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(module_runs):
     made = {}
-    return lambda kind: made.setdefault(kind, None) or made.setdefault(
-        kind + "!", module_runs.train(f"undisturbed_{kind}", **STEPS | KINDS[kind])
+    return lambda kind: (
+        made.setdefault(kind, None)
+        or made.setdefault(kind + "!", module_runs.train(f"undisturbed_{kind}", **STEPS | KINDS[kind]))
     )
 
 
@@ -140,9 +142,15 @@ RUN_FILES = {
     **dict.fromkeys(["journal.jsonl", "finished.json", "train.log", "loss.png", ".lock"], "goes on"),
 }
 SELDOM = {*itertools.product(RUN_FILES, ["missing", "emptied"])} | {
-    (name, how) for name, how in itertools.product(RUN_FILES, DAMAGES) if "best/" in name or name in ("loss.png", "train.log", ".lock")
+    (name, how)
+    for name, how in itertools.product(RUN_FILES, DAMAGES)
+    if "best/" in name or name in ("loss.png", "train.log", ".lock")
 }
-SELDOM -= {("corpus.json", "missing"), ("checkpoints/best/model.safetensors", "flipped"), (LAST + "tokenizer.json", "missing")}
+SELDOM -= {
+    ("corpus.json", "missing"),
+    ("checkpoints/best/model.safetensors", "flipped"),
+    (LAST + "tokenizer.json", "missing"),
+}
 CORRUPTIONS = [
     pytest.param(name, how, marks=pytest.mark.long if (name, how) in SELDOM else [])
     for name, how in itertools.product(RUN_FILES, DAMAGES)
@@ -256,7 +264,10 @@ CACHE_FILES = (
     *("train.bin", "validation.bin", "frequencies.bin", "corpus.json", "manifest.json"),
     *("tokenizer.json", "tokenizer_config.json"),
 )
-CACHE_DAMAGES = ["flipped", *(pytest.param(how, marks=pytest.mark.long) for how in ("truncated", "emptied", "missing", "a pickle"))]
+CACHE_DAMAGES = [
+    "flipped",
+    *(pytest.param(how, marks=pytest.mark.long) for how in ("truncated", "emptied", "missing", "a pickle")),
+]
 
 
 @pytest.mark.parametrize("how", CACHE_DAMAGES)
@@ -287,7 +298,12 @@ def test_the_trap_works(tmp_path):
     assert (tmp_path / "mark").exists()
 
 
-PICKLES = [*(name for name in MODEL_FILES if name != "manifest.json"), "pytorch_model.bin", "optimizer.pt", "training_args.bin"]
+PICKLES = [
+    *(name for name in MODEL_FILES if name != "manifest.json"),
+    "pytorch_model.bin",
+    "optimizer.pt",
+    "training_args.bin",
+]
 
 
 @pytest.mark.parametrize("name", PICKLES)
@@ -309,8 +325,16 @@ def test_a_pickle_in_the_cache_that_the_manifest_vouches_for_is_never_executed(r
 
 
 CODE = {
-    "code beside a tokenizer": ("tokenizer", {"tokenizer_config.json": {"auto_map": {"AutoTokenizer": [None, "trap.Trap"]}}}, ()),
-    "code beside a model": ("init_from", {"config.json": {"auto_map": {"AutoModelForCausalLM": "trap.Trap"}, "model_type": "trap"}}, ()),
+    "code beside a tokenizer": (
+        "tokenizer",
+        {"tokenizer_config.json": {"auto_map": {"AutoTokenizer": [None, "trap.Trap"]}}},
+        (),
+    ),
+    "code beside a model": (
+        "init_from",
+        {"config.json": {"auto_map": {"AutoModelForCausalLM": "trap.Trap"}, "model_type": "trap"}},
+        (),
+    ),
     "a model that is a pickle": ("init_from", {}, ("model.safetensors",)),
 }
 
@@ -338,9 +362,16 @@ def test_code_beside_a_model_is_never_executed(runs, first_six, tmp_path, capsys
 ROWS = "".join(json.dumps({"text": f"document {n} " + "and some words " * 9}) + "\n" for n in range(60))
 BINARY = b"\xff\xfe\x00binary\x81" * 20
 INPUTS = {  # name: (file, content, what the one line must say)
-    **{f"binary {name}": (name, BINARY, "can't be read") for name in ("a.txt", "a.jsonl", "a.csv", "a.parquet", "a.jsonl.gz")},
+    **{
+        f"binary {name}": (name, BINARY, "can't be read")
+        for name in ("a.txt", "a.jsonl", "a.csv", "a.parquet", "a.jsonl.gz")
+    },
     "no gzip": ("a.jsonl.gz", b"\x1f\x8b\x08 no gzip" * 20, "can't be read"),
-    "a torn gzip": ("a.jsonl.gz", gzip.compress(ROWS.encode() + os.urandom(5000).hex().encode())[:-2000], "can't be read"),
+    "a torn gzip": (
+        "a.jsonl.gz",
+        gzip.compress(ROWS.encode() + os.urandom(5000).hex().encode())[:-2000],
+        "can't be read",
+    ),
     "a number": ("a.jsonl", ROWS + '{"text": 17}\n', r"row 61|can't be read"),
     "numbers": ("a.jsonl", '{"text": 17}\n' * 60, r"row 1 holds 17"),
     "a list": ("a.jsonl", '{"text": ["a", "b"]}\n' * 60, r'row 1 holds \["a", "b"\]'),
@@ -368,10 +399,7 @@ def test_bad_input_is_one_line_that_says_what_is_wrong(runs, tmp_path, capsys, n
 
 # ---- limits ----------------------------------------------------------------------------------------------------------
 
-FULL = {
-    "journal": (("full_disk_in_journal", 4), 3),
-    "checkpoint": (("full_disk_after", 50_000, 4), 3),
-}
+FULL = {"journal": (("full_disk_in_journal", 4), 3), "checkpoint": (("full_disk_after", 50_000, 4), 3)}
 
 
 @pytest.mark.parametrize(("fault", "kept"), FULL.values(), ids=FULL)
@@ -391,7 +419,9 @@ def test_a_full_disk_ends_with_4_and_loses_nothing(runs, whole, fault, kept):
 
 @pytest.mark.parametrize("size", [4_000, 20_000], ids=["tokens", "tokenizer"])
 def test_no_space_for_the_cache_ends_with_4(runs, tmp_path, size):
-    child = runs.start(fault=("limit_file_size", size), cache_dir=tmp_path / "cache", max_samples=3, tokenizer="bpe:1000")
+    child = runs.start(
+        fault=("limit_file_size", size), cache_dir=tmp_path / "cache", max_samples=3, tokenizer="bpe:1000"
+    )
     assert child.wait() == 4, child.output()
     (line,) = [line for line in child.output().splitlines() if line.startswith("error: ")]
     assert str(tmp_path / "cache") in line
@@ -476,7 +506,9 @@ class Tally:
 
 if __name__ == "__main__":
     tally = Tally()
-    code = pytest.main([__file__, "-q", "-m", "long or not long", "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[tally])
+    code = pytest.main(
+        [__file__, "-q", "-m", "long or not long", "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[tally]
+    )
     for name, tried in tally.tried.items():
         print(f"{tally.survived[name]:4} of {tried:4}  {name}")
     print(f"{tally.survived.total()} of {tally.tried.total()} attacks survived")

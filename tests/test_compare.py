@@ -45,9 +45,14 @@ def test_the_table_is_sorted_by_loss_and_says_what_runs_came_to_and_where_they_d
     rows = table(compared(bad, good))
     assert [row["run"] for row in rows] == [good.name, bad.name]
     assert list(rows[0])[-2:] == ["learning_rate", "seed"]
-    assert [(row["state"], row["learning_rate"], row["seed"]) for row in rows] == [("finished", "0.01", "0"), ("unfinished", "1e-05", "7")]
+    assert [(row["state"], row["learning_rate"], row["seed"]) for row in rows] == [
+        ("finished", "0.01", "0"),
+        ("unfinished", "1e-05", "7"),
+    ]
     for run, row in zip(pair, rows):
-        best = min((each for each in harness.metrics(run) if each["val_loss"]), key=lambda each: float(each["val_loss"]))
+        best = min(
+            (each for each in harness.metrics(run) if each["val_loss"]), key=lambda each: float(each["val_loss"])
+        )
         assert row["best val_loss"] == f"{float(best['val_loss']):.4f} at {best['step']}"
         assert row["bits/byte"] == f"{float(best['val_bits_per_byte']):.4f}"
         assert row["step"] == "4"
@@ -66,7 +71,9 @@ def test_the_picture_is_labelled_by_what_differs_and_nothing_else_is_written(run
     before = {path: path.stat().st_mtime_ns for run in pair for path in sorted(run.rglob("*"))}
     drawn = []
     draw = zo.draw_comparison
-    monkeypatch.setattr(zo, "draw_comparison", lambda found, path: drawn.extend(label for _, label in found) or draw(found, path))
+    monkeypatch.setattr(
+        zo, "draw_comparison", lambda found, path: drawn.extend(label for _, label in found) or draw(found, path)
+    )
     output = compared(*pair)
     assert drawn == ["learning_rate 0.01, seed 0", "learning_rate 1e-05, seed 7"]
     picture = runs.folder / "pictures" / "compare.png"

@@ -53,12 +53,15 @@ def aligned_family(tensors: list[zo.Tensor], rank: int) -> zo.Aligned:
 
 @every_family
 def test_covariance_over_queries_is_the_identity(family, small_blocks):
-    """E[z z^T] = I, between the entries of a matrix and those of a vector too."""
-    tensors, n = tensors_of((4, 3), (5,)), 2500
+    """E[z z^T] = I, between the entries of a matrix (more than the bits of a word) and those of a vector too."""
+    tensors, n = tensors_of((3, 23), (5,)), 2500
     z = torch.stack([flat(family, tensors, query) for query in range(n)])
     spread = math.sqrt(8 / n)  # of a product of two entries, at most (a low-rank entry squared has variance 8)
-    assert (z.T @ z / n - torch.eye(z.shape[1])).abs().max().item() < 5 * spread
+    assert (z.T @ z / n - torch.eye(z.shape[1])).abs().max().item() < (
+        5 * spread if family.ranked else 6 / math.sqrt(n)
+    )
     assert z.mean(0).abs().max().item() < 5 / math.sqrt(n)
+    assert not isinstance(family, zo.Rademacher) or z.abs().eq(1).all()
 
 
 @every_family
@@ -76,21 +79,6 @@ def test_each_coordinate_makes_an_independent_direction_and_nothing_else_does(fa
     for other in others:
         correlation = torch.corrcoef(torch.stack([z.flatten(), other.flatten()]))[0, 1].item()
         assert abs(correlation) < 5 / math.sqrt(freedom)
-
-
-def test_rademacher_is_plus_or_minus_1_and_uses_every_bit_once():
-    """Each place of a word is balanced and unlike every other, also in a last word that is not whole."""
-    for size in (1, 2, 31, 32, 33, 63, 64, 65, 95, 100_003):
-        z = whole(FAMILIES["rademacher"], tensors_of((size,))[0])
-        assert z.abs().eq(1).all()
-        assert size < 31 or (z.eq(1).any() and z.eq(-1).any())
-    places = whole(FAMILIES["rademacher"], tensors_of((32 * 8000,))[0]).view(8000, 32)
-    ends = torch.stack(
-        [whole(FAMILIES["rademacher"], tensors_of((70,))[0], query=query)[:, 0] for query in range(1500)]
-    )
-    for signs in (places, ends):
-        assert (signs.T @ signs / len(signs) - torch.eye(signs.shape[1])).abs().max().item() < 5 / math.sqrt(len(signs))
-        assert signs.mean(0).abs().max().item() < 5 / math.sqrt(len(signs))
 
 
 def test_aligned_lives_where_the_inputs_live(workers):

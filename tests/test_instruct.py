@@ -19,8 +19,14 @@ STREAM = ("o_proj.weight", "down_proj.weight", "embed_tokens.weight", "model.nor
 
 def moved(run, first: int) -> dict[str, torch.Tensor]:
     """What one step changed."""
-    before, after = (load_file(run / "checkpoints" / f"step_{at:08d}" / "model.safetensors") for at in (first, first + 1))
-    return {name: after[name].double() - before[name].double() for name in before if not torch.equal(before[name], after[name])}
+    before, after = (
+        load_file(run / "checkpoints" / f"step_{at:08d}" / "model.safetensors") for at in (first, first + 1)
+    )
+    return {
+        name: after[name].double() - before[name].double()
+        for name in before
+        if not torch.equal(before[name], after[name])
+    }
 
 
 def at_checkpoint(run, step: int) -> tuple[float, torch.Tensor]:

@@ -20,7 +20,13 @@ RUNS = {
     "in place": {"query_budget_q": 5},
     "batched low rank": {"query_budget_q": 5, "direction": "lowrank", **BATCHED},
     "batched dense, distinct, adam": {
-        **{"query_budget_q": 6, "query_data": "distinct", "batch_size": 6, "optimizer": "adam", "direction": "rademacher"},
+        **{
+            "query_budget_q": 6,
+            "query_data": "distinct",
+            "batch_size": 6,
+            "optimizer": "adam",
+            "direction": "rademacher",
+        },
         **BATCHED,
     },
     "aligned": {"query_budget_q": 4, "direction": "aligned", "rank": 2},
@@ -30,7 +36,13 @@ RUNS = {
     "backpropagation": {"mode": "FO", "optimizer": "mudamw"},
     "Instruct, gaussian": {"mode": "Instruct", "bp_interval": 3, "query_budget_q": 3, "direction": "gaussian"},
     "Instruct, feedback": {"mode": "Instruct", "bp_interval": 3, "query_budget_q": 3, "direction": "feedback"},
-    "layerwise": {"scope": "layerwise", "stage_steps": "3,2", "query_budget_q": 3, "max_steps": None, "save_interval": 5},
+    "layerwise": {
+        "scope": "layerwise",
+        "stage_steps": "3,2",
+        "query_budget_q": 3,
+        "max_steps": None,
+        "save_interval": 5,
+    },
 }
 
 
@@ -145,7 +157,11 @@ def test_a_run_of_one_process_goes_on_with_two(runs):
 
 
 FAULTS = {
-    "no number": ({1: ("nan_losses", 5)}, [3, 3], "step 5, query 1: the losses .* are nan and nan; nothing was updated"),
+    "no number": (
+        {1: ("nan_losses", 5)},
+        [3, 3],
+        "step 5, query 1: the losses .* are nan and nan; nothing was updated",
+    ),
     "full disk": ({0: ("full_disk_in_journal", 4)}, [4, 5], r"\S+journal.jsonl: can't be written"),
 }
 
@@ -230,7 +246,15 @@ def test_torchrun_starts_it(runs):
     code = "import sys, harness; harness.shrink(); sys.exit(harness.zo.main(sys.argv[1:]))"
     start = runs.folder / "start.py"
     start.write_text(f"import sys; sys.path[:0] = [{str(harness.HERE)!r}, {str(harness.ROOT)!r}]\n{code}\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(harness.free_port())]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(harness.free_port()),
+    ]
     words = harness.argv(**runs.flags("two", num_threads=1))
     done = subprocess.run([*command, str(start), *words], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,9 @@ import reproduce_zo_paper as zo
 
 
 def contents(run: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name not in ("train.log", ".lock")}
+    return {
+        path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name not in ("train.log", ".lock")
+    }
 
 
 def number_of_records(runs, name: str = "logs") -> int:
@@ -443,7 +445,9 @@ def test_replay_tells_when_the_model_is_another(runs, stopped, capsys):
     journal.path.unlink()
     changed = zo.Journal(journal.path, zo.read_config(stopped).identity)
     for each in known:
-        changed.append(zo.dataclasses.replace(each, projected_grads=each.projected_grads * (2 if each.step == 1 else 1)))
+        changed.append(
+            zo.dataclasses.replace(each, projected_grads=each.projected_grads * (2 if each.step == 1 else 1))
+        )
     changed.close()
     capsys.readouterr()
     assert runs.replay(stopped) == 1

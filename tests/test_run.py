@@ -143,10 +143,21 @@ def test_every_forward_token_is_counted(runs, monkeypatch, case):
 def test_the_log_says_what_a_run_is_and_what_came_of_it(done):
     log = log_of(done)
     assert "mode ZO, directions gaussian; sgd at 0.0001, constant rate" in "".join(log.splitlines()[:3])
-    for words in ("device: cpu", "float32", "30.24k parameters", "training tokens", "steps: 5", "theory:", "cosine", "stable step"):
+    for words in (
+        "device: cpu",
+        "float32",
+        "30.24k parameters",
+        "training tokens",
+        "steps: 5",
+        "theory:",
+        "cosine",
+        "stable step",
+    ):
         assert words in log, words
     assert "trains 30.24k of 30.24k parameters of scope full" in log
-    lines = re.findall(r"^(?:\S+ \S+ )?step (\d)/5 .*loss \S+ ( val)? .*lr .*\|g\| .*forward tok/s .*ETA", log, re.MULTILINE)
+    lines = re.findall(
+        r"^(?:\S+ \S+ )?step (\d)/5 .*loss \S+ ( val)? .*lr .*\|g\| .*forward tok/s .*ETA", log, re.MULTILINE
+    )
     assert lines == [("2", ""), ("4", " val"), ("5", " val")]  # a validation where it was just measured
     assert re.search(r"best \d+\.\d+ at step \d+ \(perplexity", log)
     assert all(name in log for name in ("metrics.csv", "loss.png", "step_00000005"))
@@ -259,7 +270,9 @@ class Vocabulary:
         return self.size
 
 
-@pytest.mark.parametrize(("name", "size"), [("20M", 20e6), ("200M", 200e6), ("500M", 500e6), ("1B", 1e9), ("tiny", 2e6)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("20M", 20e6), ("200M", 200e6), ("500M", 500e6), ("1B", 1e9), ("tiny", 2e6)]
+)
 def test_a_model_has_the_size_of_its_name(name, size, monkeypatch):
     """Within 2%, with tied embeddings and the GPT-2 vocabulary (tiny: one of its own)."""
     monkeypatch.setattr(zo, "stream", lambda *args: None)  # weights are not drawn on the meta device
@@ -321,7 +334,14 @@ def gain(run) -> float:
     return values[0] - values[-1]
 
 
-LEARNING = {"max_steps": 40, "eval_interval": 1000, "eval_samples": 32, "log_interval": 20, "save_interval": 1000, "block_size": 32}
+LEARNING = {
+    "max_steps": 40,
+    "eval_interval": 1000,
+    "eval_samples": 32,
+    "log_interval": 20,
+    "save_interval": 1000,
+    "block_size": 32,
+}
 MANY_QUERIES = {"query_budget_q": 16, "parallel_q_computation": True, "parallel_batch_size": 16, "batch_size": 4}
 MANY_QUERIES |= LEARNING | {"mode": "ZO", "optimizer": "adam", "direction": "lowrank", "learning_rate": 1e-2}
 
@@ -335,14 +355,22 @@ def test_zeroth_order_learns_and_wrong_scalars_do_not(runs, monkeypatch):
     """Many queries on a small model; the control: the same steps along directions whose scalars have a random sign."""
     assert gain(runs.train("right", **MANY_QUERIES)) > 0.1
     honest, signs = zo.projected_gradients, np.random.default_rng(0)
-    monkeypatch.setattr(zo, "projected_gradients", lambda losses, e: honest(losses, e) * signs.choice([-1, 1], len(losses)))
+    monkeypatch.setattr(
+        zo, "projected_gradients", lambda losses, e: honest(losses, e) * signs.choice([-1, 1], len(losses))
+    )
     assert gain(runs.train("wrong", **MANY_QUERIES)) < 0.05
 
 
 @pytest.mark.long
 def test_guidance_beats_calibration(runs):
     """The same backpropagations and queries: directions bent towards the last gradient go further."""
-    flags = LEARNING | {"bp_interval": 5, "query_budget_q": 4, "learning_rate": 0.03, "optimizer": "sgd", "batch_size": 4}
+    flags = LEARNING | {
+        "bp_interval": 5,
+        "query_budget_q": 4,
+        "learning_rate": 0.03,
+        "optimizer": "sgd",
+        "batch_size": 4,
+    }
     instruct = gain(runs.train("instruct", mode="Instruct", **flags))
     calibrate = gain(runs.train("calibrate", mode="Calibrate", **flags))
     assert instruct > 1.5 * calibrate > 0
@@ -393,7 +421,9 @@ def test_the_first_command_at_its_own_size(tmp_path, cache):
 
 
 def test_no_flag_at_all_is_a_sensible_run(tmp_path, cache):
-    assert zo.main(["--max_steps", "1", "--max_samples", "60", "--log_dir", str(tmp_path), "--cache_dir", str(cache)]) == 0
+    assert (
+        zo.main(["--max_steps", "1", "--max_samples", "60", "--log_dir", str(tmp_path), "--cache_dir", str(cache)]) == 0
+    )
     flags = json.loads((harness.only_run(tmp_path) / "config.json").read_text("utf-8"))["flags"]
     assert (flags["mode"], flags["model_size"], flags["dataset"]) == ("ZO", "tiny", "embedded")
 
@@ -425,4 +455,8 @@ def test_samples_are_said_at_intervals_and_at_the_end_and_change_no_result(runs)
     assert all(r"The state of\nthe union" in line for line in samples(run))
     assert samples(run) == samples(again)
     assert harness.differences(plain, run) == []
-    assert len(samples(runs.train("empty", prompt="", max_steps=1))) == len(samples(runs.train("nul", prompt="\0", max_steps=1))) == 1
+    assert (
+        len(samples(runs.train("empty", prompt="", max_steps=1)))
+        == len(samples(runs.train("nul", prompt="\0", max_steps=1)))
+        == 1
+    )
