@@ -3062,11 +3062,10 @@ class Feedback(Rule):
                 hook.remove()
         wanted = [tensor.parameter for tensor in tensors] + [x] * enters
         found = torch.autograd.grad(y, wanted, look.e.to(y.dtype), allow_unused=True)
-        if any(gradient is None for gradient in found):
-            kind = type(self.blocks[at]).__name__
-            raise UsageError(
-                f"--direction feedback: {kind} has norms behind its branches, not before them; take --carry block"
-            )
+        lost = sum(t.parameter.numel() for t, gradient in zip(tensors, found) if gradient is None)
+        if 2 * lost > sum(t.parameter.numel() for t in tensors):  # not a parameter that the model does not use
+            kind = f"{type(self.blocks[at]).__name__} has norms behind its branches, not before them"
+            raise UsageError(f"--direction feedback: {kind}; take --carry block")
         if enters:
             look.entry.update(self._entry(look.h0, found[-1]))
         return y.detach(), {tensor.index: gradient for tensor, gradient in zip(tensors, found)}
@@ -4369,21 +4368,22 @@ def aligned_table(rows: list[dict[str, str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
 
 
+def has_effect(flags: dict, name: str) -> bool:
+    """Return whether a flag is among a run's, and has an effect there."""
+    config = Config(**{each: value for each, value in flags.items() if each in FIELDS})
+    need = FIELDS[name].metadata.get("needs")
+    return name in flags and (need is None or NEEDS[need][0](config))
+
+
 def compare(config: Config) -> int:
     """Print the table of --compare, the lowest loss first, with the flags that runs differ in, and draw the picture."""
     found = sorted(
         (Compared(path) for named in config.compare for path in run_directories(named)), key=lambda run: run.loss
     )
-    names = sorted(
-        {
-            n
-            for run in found
-            for n in run.flags
-            if not {"free", "action"} & getattr(FIELDS.get(n), "metadata", {}).keys()
-        }
-    )
-    differing = [name for name in names if len({json.dumps(run.flags.get(name)) for run in found}) > 1]
-    flags = [{name: str(run.flags.get(name, "")) for name in differing} for run in found]
+    shaping = [name for name, field in FIELDS.items() if not {"free", "action"} & field.metadata.keys()]
+    flags = [{name: str(run.flags[name]) for name in shaping if has_effect(run.flags, name)} for run in found]
+    differing = [name for name in shaping if len({own.get(name) for own in flags}) > 1]
+    flags = [{name: own.get(name, "") for name in differing} for own in flags]
     print("\n".join(aligned_table([run.cells() | own for run, own in zip(found, flags)])))
     if len({run.tokenizer for run in found if run.best}) > 1:
         print("\nthese runs have other tokens: compare bits/byte, not losses")

@@ -56,10 +56,8 @@ def test_covariance_over_queries_is_the_identity(family, small_blocks):
     """E[z z^T] = I, between the entries of a matrix (more than the bits of a word) and those of a vector too."""
     tensors, n = tensors_of((3, 23), (5,)), 2500
     z = torch.stack([flat(family, tensors, query) for query in range(n)])
-    spread = math.sqrt(8 / n)  # of a product of two entries, at most (a low-rank entry squared has variance 8)
-    assert (z.T @ z / n - torch.eye(z.shape[1])).abs().max().item() < (
-        5 * spread if family.ranked else 6 / math.sqrt(n)
-    )
+    variance = 8 if family.ranked else 2  # of a product of two entries, at most
+    assert (z.T @ z / n - torch.eye(z.shape[1])).abs().max().item() < 5 * math.sqrt(variance / n)
     assert z.mean(0).abs().max().item() < 5 / math.sqrt(n)
     assert not isinstance(family, zo.Rademacher) or z.abs().eq(1).all()
 
