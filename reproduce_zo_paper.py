@@ -629,8 +629,8 @@ def value_faults(config: Config) -> list[str]:
          "norms, embedding, reduced, layerwise, or blocks:I-J with I up to J (blocks:0-1: the first two)"),
         (c.run_name is None or PLAIN_NAME.fullmatch(c.run_name), f"--run_name {c.run_name!r}: must be a plain name of "
          "1 to 100 characters, without / or control characters and without a leading dot or dash"),
-        (c.init_from is None or Path(c.init_from).is_dir() or HUB_ID.fullmatch(c.init_from), f"--init_from {c.init_from}:"
-         " neither a folder nor a hub id (OWNER/NAME)" + (f"; did you mean {old_name}?" if old_name else "")),
+        (c.init_from is None or Path(c.init_from).is_dir() or HUB_ID.fullmatch(c.init_from), f"--init_from "
+         f"{c.init_from}: neither a folder nor a hub id (OWNER/NAME)" + (f"; did you mean {old_name}?" if old_name else "")),
         (c.init_from or c.block_size <= MAX_POSITIONS, f"--block_size {c.block_size}: the model has {MAX_POSITIONS} "
          "positions; lower it"),
         (c.bp_interval or not own.interval, f"--bp_interval: --mode {c.mode} needs it (a number of steps, such as 5)"),
@@ -3099,7 +3099,7 @@ class Feedback(Rule):
 
     def about(self) -> list[str]:
         how = {
-            "block": "torch.autograd within one block at a time, nothing across blocks; the first reaches the embedding",
+            "block": "torch.autograd within one block at a time, nothing across blocks; the first into the embedding",
             "branch": "torch.autograd within one branch (attention, MLP) at a time, nothing across branches",
             "stream": "the matrices that write to the stream alone, no autograd in any block",
         }[self.config.carry]
@@ -3480,7 +3480,7 @@ class Corpus:
         """The validation sequences used, by number, spread evenly; raises UsageError where there is none."""
         size = self.config.block_size
         if (blocks := len(self.validation) // size) < 1:
-            few = f"{len(self.validation)} validation tokens (of 1 document in {VALIDATION_SHARE}) are less than a sequence"
+            few = f"{len(self.validation)} validation tokens (1 document in {VALIDATION_SHARE}) are less than one block"
             raise UsageError(f"{self.source.flag} {self.source.name}: {few} of {size}; {self._lacking()}")
         return np.linspace(0, blocks - 1, min(self.config.eval_samples, blocks)).astype(np.int64)
 
