@@ -630,7 +630,7 @@ def value_faults(config: Config) -> list[str]:
         (c.run_name is None or PLAIN_NAME.fullmatch(c.run_name), f"--run_name {c.run_name!r}: must be a plain name of "
          "1 to 100 characters, without / or control characters and without a leading dot or dash"),
         (c.init_from is None or Path(c.init_from).is_dir() or HUB_ID.fullmatch(c.init_from), f"--init_from "
-         f"{c.init_from}: neither a folder nor a hub id (OWNER/NAME)" + (f"; did you mean {old_name}?" if old_name else "")),
+         f"{c.init_from}: neither a folder nor a hub id (OWNER/NAME)" + f"; did you mean {old_name}?" * bool(old_name)),
         (c.init_from or c.block_size <= MAX_POSITIONS, f"--block_size {c.block_size}: the model has {MAX_POSITIONS} "
          "positions; lower it"),
         (c.bp_interval or not own.interval, f"--bp_interval: --mode {c.mode} needs it (a number of steps, such as 5)"),

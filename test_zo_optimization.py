@@ -143,14 +143,9 @@ def judged(row: dict, bounds: dict[str, float]) -> dict:
 
 
 def print_table(title: str, about: str, rows: list[dict]) -> None:
-    def cell(value) -> str:
-        if not isinstance(value, float):
-            return str(value)
-        small = 0 < abs(value) < 1e-3 or abs(value) >= 1e5
-        return f"{value:.1e}" if small else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
-
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-    lines = [columns, *([cell(row.get(column, "")) for column in columns] for row in rows)]
+    cells = [[row.get(column, "") for column in columns] for row in rows]
+    lines = [columns, *([f"{v:.4g}" if isinstance(v, float) else str(v) for v in line] for line in cells)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     print(f"\n{title}\n    {about}\n")
     for line in (lines[0], ["-" * width for width in widths], *lines[1:]):
@@ -216,27 +211,25 @@ def contenders(b: Bench, q: int) -> dict[str, Callable[[int], object]]:
 
 
 def speed_table(size: str, q: int, repetitions: int, dtype: torch.dtype, rows: int, tokens: int) -> list[dict]:
-    """One step, update included, over its 2q forward passes alone, textbook MeZO, and itself in place. passes: it
-    in forward passes of the batch, beside those that the script counts. feedback: a step with a query of its own kind;
-    what adam, its default, costs is in no pass.
+    """One step, update included, over its 2q forward passes alone, textbook MeZO, and itself in place. passes: in those
+    of its batch, beside what the script counts. feedback: a step of its own, q = 1; what adam costs is in no pass.
     """
     with Bench(sized_model(size), rows, tokens, dtype) as b:
         pairs = itertools.product(("branch", "stream"), ("adam", "sgd"))
         rules = {f"feedback {carry}, {optimizer}": b.feedback(carry, optimizer) for carry, optimizer in pairs}
         seconds = timed(contenders(b, q) | {name: step for name, (_, step) in rules.items()}, repetitions)
-    table = []
+    table, counted = [], {name: rule.passes for name, (rule, _) in rules.items()}
     for name, taken in seconds.items():
         row = {"q": q, "dtype": str(dtype)[6:], "step": name, "seconds": float(np.median(taken))}
         bases = {"/ forward": FORWARD, "/ MeZO": TEXTBOOK, "/ in place": IN_PLACE} if name not in rules else {}
         row |= {column: over(taken, seconds[base]) for column, base in bases.items()}
-        counted = rules[name][0].passes if name in rules else 2.0 * q
-        row |= {"passes": over(taken, seconds[FORWARD]) * 2 * q, "counted": counted}
+        row |= {"passes": over(taken, seconds[FORWARD]) * 2 * q, "counted": counted.get(name, 2.0 * q)}
         table.append(judged(row, next((TARGETS[key] for key in TARGETS if key in name), {})))
     return table
 
 
 def profile_table(size: str, q: int, rows: int, tokens: int) -> list[dict]:
-    """Where the milliseconds of a step go: operators, over all threads (the workers' draws are normal_ and random_)."""
+    """Where the milliseconds of a step go: operators, over all threads (the draws are normal_ and random_)."""
     settings, table = torch._C._profiler._ExperimentalConfig(profile_all_threads=True), []
     with Bench(sized_model(size), rows, tokens) as b:
         for name, step in contenders(b, q).items():
@@ -249,11 +242,7 @@ def profile_table(size: str, q: int, rows: int, tokens: int) -> list[dict]:
     return table
 
 
-RANK_CASES = {
-    "in place, gaussian": "--direction gaussian",
-    "batched by 4, low rank": "--direction lowrank --parallel_q_computation",
-    "batched by 4, feedback": "--direction feedback --parallel_q_computation",
-}
+RANK_CASES = ("gaussian", "lowrank --parallel_q_computation", "feedback --parallel_q_computation")
 
 
 def rank_run(processes: int, flags: str) -> tuple[float, int, str]:
@@ -268,11 +257,11 @@ def rank_run(processes: int, flags: str) -> tuple[float, int, str]:
         return (at[3] - at[1]) / 2, int(sent or 0), zo.file_digest(*run.glob("checkpoints/step*/model.safetensors"))
 
 
-def ranks_table(size: str, q: int, repetitions: int, rows: int, tokens: int, cases=tuple(RANK_CASES)) -> list[dict]:
-    """Two processes with a thread each over one with one: whole commands in turn. bytes: what rank 0 sends in a step."""
+def ranks_table(size: str, q: int, repetitions: int, rows: int, tokens: int, cases=RANK_CASES) -> list[dict]:
+    """Two processes with a thread each over one with one: whole commands. bytes: what rank 0 sends in a step."""
     table = []
-    for case in cases:
-        flags = f"{RANK_CASES[case]} --model_size {size} --query_budget_q {q} --batch_size {rows} --block_size {tokens}"
+    for case in cases:  # whole commands, one process and two in turn
+        flags = f"--direction {case} --model_size {size} --query_budget_q {q} --batch_size {rows} --block_size {tokens}"
         runs = [rank_run(count, f"{flags} --max_samples 100 --eval_samples 1") for count in (1, 2) * repetitions]
         (one, sent, digests), (two, sent, others) = zip(*runs[::2]), zip(*runs[1::2])
         row = {"step": case, "one process, s": float(np.median(one)), "two, s": float(np.median(two))}
@@ -415,9 +404,8 @@ def equivalence_table() -> list[dict]:
     for dtype, family in itertools.product(DTYPES, FAMILIES):
         names = ("Llama", "GPT-2") if dtype == "bfloat16" else SMALL_MODELS  # where it is emulated, it takes its time
         found = [compared(small_model(name), family, dtype) for name in names]
-        row = {"dtype": dtype, "family": family, "epsilon": DTYPES[dtype][2]}
+        row = {"dtype": dtype, "family": family, "weights": "; ".join({each["weights"] for each in found})}
         row |= {key: max(each[key] for each in found) for key in ("loss", "c", "grouping", "fell back")}
-        row |= {"weights": "; ".join(sorted({each["weights"] for each in found}))}
         table.append(judged(row, DTYPES[dtype][3]))
     return table
 
@@ -612,13 +600,13 @@ def test_other_models(name, home):
         found = compared(model.train(), tokens=tokens)
         assert found["c"] <= 1e-9
         assert found["weights"] == "restored, untouched"
-        assert found["fell back"] == FALLS_BACK.get(name, found["fell back"])
+        assert FALLS_BACK.get(name) in (None, found["fell back"])
     assert model.training
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
-MINIATURE = {"vocab_size": 17, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, **HEADS}
+MINIATURE = {"vocab_size": 17, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+MINIATURE |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 def directions(b: Bench, queries: zo.Queries) -> list[np.ndarray]:
@@ -672,7 +660,7 @@ def test_bias_is_of_second_order_in_epsilon():
 @pytest.mark.parametrize("query_data", ["shared", "distinct"])
 @pytest.mark.parametrize("family", ISOTROPIC)
 def test_what_is_measured_is_what_is_applied(family, query_data):
-    """Of each query alone: losses at theta +- epsilon z. The library's gradient on either path, sgd's step: mean c z."""
+    """Of each query alone: losses at theta +- epsilon z. The library's gradient on either path, sgd's step: c z."""
     with mock.patch.multiple(zo, **SMALL_BLOCKS), Bench(small_model("GPT-2"), 6, 11) as b:
         queries, before, data = b.queries(family, 3, 1e-4, step=7), b.weights(), [b.ids] * 3
         z, data = directions(b, queries), data if query_data == "shared" else b.ids.split(2)
@@ -720,7 +708,6 @@ def home(tmp_path_factory) -> Path:  # for runs and tokens, shared so that the d
 
 
 def run_main(flags: str, home: Path) -> Path:
-    """A run through main(), quiet, that must succeed; its run directory."""
     logs = tempfile.mkdtemp(dir=home)
     with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(home)}), contextlib.redirect_stdout(io.StringIO()):
         assert zo.main(f"--mode {flags}{SMALL_RUN} --log_dir {logs}".split()) == 0
@@ -753,11 +740,12 @@ def test_old_commands(command, home):
 COMPATIBILITY = {test_old_calls: SMALL_MODELS, test_old_commands: OLD_COMMANDS, test_other_models: OTHER_MODELS}
 
 
-@pytest.mark.parametrize(("by", "left", "says"), [(4, 2, "2 queries in one"), (1, 0, "one query after the other")])
-def test_out_of_memory_halves_the_group(by, left, says, home):
-    """A line in the log, then the run goes on as if it had been started with the smaller group."""
-    flags, whole = "ZO --query_budget_q 4 --batch_size 2 --log_interval 1", zo.query_losses
-    parallel = flags + " --parallel_q_computation --parallel_batch_size "
+@pytest.mark.parametrize(
+    ("by", "left", "says"), [(4, 2, "2 queries in one forward pass"), (1, 0, "one query after the other")]
+)
+def test_out_of_memory_halves_the_group_as_if_it_had_been_so_from_the_start(by, left, says, home):
+    flags, whole = "ZO --query_budget_q 4 --log_interval 1", zo.query_losses
+    parallel = f"{flags} --parallel_q_computation --parallel_batch_size "
 
     def short_of_memory(objective, tensors, batch, queries, group, *rest):
         if group == by:
@@ -767,19 +755,16 @@ def test_out_of_memory_halves_the_group(by, left, says, home):
     with mock.patch.object(zo, "query_losses", short_of_memory):
         halved = run_main(f"{parallel}{by}", home)
     expected = run_main(f"{parallel}{left}" if left else flags, home)
-    assert f"out of memory at step 0: now {says}" in (halved / "train.log").read_text()
+    assert re.findall("out of memory.*: now (.*)", (halved / "train.log").read_text()) == [says]
     rows = [zo.read_metrics(run / "metrics.csv") for run in (halved, expected)]
     assert len({str([(row["loss"], row["val_loss"]) for row in own]) for own in rows}) == 1
 
 
-@functools.cache
-def memory() -> dict[str, dict]:
-    return {row["operation"]: row for row in memory_table("20M", 1, 32, 2, MEMORY_OPERATIONS[:-2])}
+memory = functools.cache(lambda: {r["operation"]: r for r in memory_table("20M", 1, 32, 2, MEMORY_OPERATIONS[:-2])})
 
 
 @pytest.mark.parametrize("name", MEMORY_OPERATIONS[:-2])
 def test_memory_targets_at_20m(name):
-    """The resident size confirms the allocator's; and a method that keeps three copies is seen to."""
     row, whole, largest = (memory()[of] for of in (name, "parameters", "largest parameter"))
     assert row["result"] != "short", row
     assert not row["resident"] > row["allocator"] + 24, row
@@ -787,8 +772,7 @@ def test_memory_targets_at_20m(name):
     assert not name.startswith("feedback") or row["allocator"] < 2.3 * largest["allocator"]
 
 
-def test_tables_have_every_row(tmp_path, capsys):
-    """And the program writes what it prints."""
+def test_the_program_writes_what_it_prints(tmp_path, capsys):
     flags = "--only speed --speed_size tiny --queries 2 --repetitions 1 --rows 1 --tokens 8 --profile --json"
     assert main([*flags.split(), str(tmp_path / "tables.json")]) == 0
     written, said = json.loads((tmp_path / "tables.json").read_text()), capsys.readouterr().out
@@ -801,9 +785,8 @@ def test_tables_have_every_row(tmp_path, capsys):
 
 
 def test_the_ranks_table_is_of_equal_runs():
-    (row,) = ranks_table("tiny", 4, 1, 2, 16, ["batched by 4, low rank"])
-    assert (row["weights"], row["bytes"]) == ("equal", 8 * 2 * 2)
-    assert row["ratio"] > 0
+    (row,) = ranks_table("tiny", 4, 1, 2, 16, RANK_CASES[1:2])
+    assert (row["weights"], row["bytes"], row["ratio"] > 0) == ("equal", 8 * 2 * 2, True)
 
 
 def test_projected_gradients_are_those_of_float64_and_have_a_best_epsilon():

@@ -1,7 +1,7 @@
 """The tables and pictures of RESULTS.md and docs/benchmarks.md.
 
     python experiments/report.py runs logs/tiny docs/results.png     groups of runs that differ in their seed alone
-    python experiments/report.py machines 1B                         a step on 64 machines, on paper, from pieces measured here
+    python experiments/report.py machines 1B                         a step on 64 machines, from pieces measured here
 
 A run's name without its date and seed is its group; the tables give the mean over seeds (least to largest).
 """

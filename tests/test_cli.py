@@ -112,9 +112,10 @@ def test_every_number_has_bounds(faults, field):
 
 VALUES = f"""
     query_budget_q 1000000000000; num_threads 3000000000; seed {2**63}; block_size 1; epsilon 0; learning_rate 0;
-    max_steps 0; guide_cosine 1; parallel_batch_size some; tokenizer bpe:10; tokenizer bpe:many; tokenizer bpe:{"9" * 20};
-    scope part; scope blocks:1-0; scope blocks:1; scope blocks:a-b; scope blocks:0-{"9" * 20}; stage_epochs 0;
-    stage_steps 2,x; stage_steps 2,0; stage_steps {"9" * 20}; stage_learning_rates 1e-3,-1; stage_learning_rates 1e300"""
+    max_steps 0; guide_cosine 1; parallel_batch_size some; tokenizer bpe:10; tokenizer bpe:many; scope part;
+    tokenizer bpe:{"9" * 20}; scope blocks:1-0; scope blocks:1; scope blocks:a-b; scope blocks:0-{"9" * 20};
+    stage_epochs 0; stage_steps 2,x; stage_steps 2,0; stage_steps {"9" * 20}; stage_learning_rates 1e-3,-1;
+    stage_learning_rates 1e300"""
 
 
 @pytest.mark.parametrize("words", " ".join(VALUES.split()).split("; "))
@@ -125,9 +126,10 @@ def test_a_value_that_none_can_be_is_one_line_that_names_it(faults, words):
 
 USELESS = """
     bp_interval 5; bp_dataset embedded; warmup_steps 5; rank 2; query_budget_q 4 --mode FO; epsilon 1e-3 --mode FO;
-    direction lowrank --mode FO; parallel_q_computation --mode FO; query_data distinct --mode FO; max_decrease 1 --mode FO;
-    head closed_form --mode FO; parallel_batch_size 4; epsilon 0.1 --direction feedback --query_budget_q 0;
-    parallel_q_computation --direction feedback --query_budget_q 0; head_learning_rate 1e-3; carry stream; export_best;
+    direction lowrank --mode FO; parallel_q_computation --mode FO; query_data distinct --mode FO;
+    max_decrease 1 --mode FO; head closed_form --mode FO; parallel_batch_size 4; carry stream; export_best;
+    epsilon 0.1 --direction feedback --query_budget_q 0;
+    parallel_q_computation --direction feedback --query_budget_q 0; head_learning_rate 1e-3;
     max_decrease 0.1 --optimizer adam; clip_grad_norm 1; sample_interval 3; text_column body; stage_steps 2;
     model_size tiny --init_from no/model; epochs 2 --scope layerwise; embedding_optimizer sgd; replay_step 3;
     stage_epochs 2,1 --scope layerwise --stage_steps 1"""
