@@ -310,7 +310,7 @@ class Config:
     carry: str = flag(ZO, "branch", "what feedback trains in a block. stream: the matrices that write to the residual "
         "stream, without any autograd. branch: all of a branch (attention, MLP), by torch.autograd on that branch "
         "alone, nothing across branches. block: by torch.autograd on one block at a time, nothing across blocks; the "
-        "first one's reaches the embedding", choices=("stream", "branch", "block"), needs="feedback")
+        "first one's reaches the embedding", choices=lambda: CARRIES, needs="feedback")
     head: str = flag(ZO, "estimated", "gradient of the output layer. estimated: by the queries. closed_form: exact for "
         "the output layer (not for a tied embedding's input side), from one forward pass, into an AdamW of its own",
         choices=("estimated", "closed_form"), needs="z")
@@ -393,8 +393,8 @@ class Config:
 
     device: str = flag(SYSTEM, "auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag(SYSTEM, "float32", "dtype of computation; weights are always float32", choices=tuple(EPSILON))
-    num_threads: int | None = flag(SYSTEM, None, "CPU threads of a process (default: all cores, divided evenly under "
-        "torchrun)", least=1, most=4096, free=True)
+    num_threads: int | None = flag(SYSTEM, None, "CPU threads of a process; rounding may change with it (default: all "
+        "cores, divided evenly under torchrun)", least=1, most=4096, free=True)
     sync_check_interval: int = flag(SYSTEM, 50, "torchrun: steps between checks that ranks have the same weights",
         least=1, free=True)
     rank_timeout: float = flag(SYSTEM, 600.0, "torchrun: seconds that a rank waits for the others in a step; more than "
@@ -622,7 +622,7 @@ def value_faults(config: Config) -> list[str]:
     """Return a line for every value that no run can have and every two that exclude each other."""
     c, q, own, family = config, config.query_budget_q, config.kind, config.family
     match, old_name = SCOPE.fullmatch(c.scope), OLD_HUB_NAMES.get(c.init_from or "")
-    local = own.queries and not family.perturbs_weights and c.carry == "block"
+    local = own.queries and not family.perturbs_weights and CARRIES[c.carry].enters
     idle = own.queries and family.perturbs_weights and not (q or own.interval or c.head == "closed_form")
     checks = [
         (match and int(match["first"] or 0) <= int(match["last"] or 0), f"--scope {c.scope}: must be full, head, "
@@ -1481,6 +1481,7 @@ class Objective:
         call(x) is the block itself.
         """
         blocks = decoder_blocks(self.model)
+        before = {at: blocks[at].__dict__.get("forward") for at in forwards}
 
         def stand_in(at: int) -> Callable:
             own = blocks[at].forward
@@ -1503,8 +1504,9 @@ class Objective:
                 blocks[at].forward = stand_in(at)
             yield
         finally:
-            for at in forwards:
+            for at, forward in before.items():
                 blocks[at].__dict__.pop("forward", None)
+                blocks[at].__dict__.update({} if forward is None else {"forward": forward})
 
     def hidden_through(self, input_ids: torch.Tensor, bottom: Callable, top: Callable) -> torch.Tensor:
         """Return the last hidden states of a pass in which bottom(h0) takes the place of the first block's input h0,
@@ -1595,7 +1597,7 @@ class Gaussian:
     ranked = False  # whether --rank has an effect
     passes = 0  # forward passes that a step takes beyond those of its queries
     gain = 1.0  # the largest eigenvalue of E[z z^T], which estimates are divided by
-    largest = 6.0  # a bound of |z|: float32 normals stay below 5.8
+    largest = 7.0  # a bound of |z|: float32 normals stay below 5.8 on a CPU, below 6.7 on CUDA
     fill = staticmethod(fill_normal)
 
     @staticmethod
@@ -1653,7 +1655,7 @@ class LowRank(Gaussian):
 
     optimizers = ("sgd", "adam")
     ranked = True
-    largest = 36.0  # a product of two normals, or a sum of r of them over sqrt(r), as good as always
+    largest = 49.0  # a product of two normals, or a sum of r of them over sqrt(r), as good as always
 
     def low_rank(self, tensor: Tensor) -> bool:
         return tensor.parameter.ndim == 2
@@ -1692,7 +1694,7 @@ class Aligned(Gaussian):
     @property
     def largest(self) -> float:
         """A bound of |z|: a row of A times a row of Q, whose norm is at most 1."""
-        return 6.0 * math.sqrt(self.rank) * max([1.0, *(scale.max().item() for scale in self.row_scale.values())])
+        return 7.0 * math.sqrt(self.rank) * max([1.0, *(scale.max().item() for scale in self.row_scale.values())])
 
     def prepare(self, tensors: list[Tensor], head: Tensor | None, frequencies: np.ndarray) -> None:
         """Scale the output layer's rows by their tokens' frequency to the power 1/4, of mean square 1: the gradient's
@@ -1853,7 +1855,7 @@ class Grid:
         spacing = 2.0 ** math.ceil(math.log2(bound)) * torch.finfo(theta.dtype).eps / 2
         scratch = self.workers.scratch("z", theta.shape, theta.dtype)
         torch.mul(theta, 1 / spacing, out=scratch)
-        torch.mul(scratch.round_(), spacing, out=theta)
+        torch.mul(scratch.round_(), spacing, out=theta).add_(0.0)  # no -0.0, which sums don't return to
         self.spacing[tensor.index, block] = spacing
 
     def move(self, directions: dict, position: int) -> None:
@@ -2858,13 +2860,102 @@ class ClosedFormHead(Rule):
             self.guide_to_gradient = self.inner.guide_to_gradient
 
 
-RESIDUAL_WRITERS = ("o_proj", "down_proj", "out_proj", "fc2", "dense", "dense_4h_to_h", "c_proj", "fc_out")
+class Branch:
+    """--carry branch: all of a branch (attention, MLP), by the gradient of <branch(x), e> for that branch alone."""
+
+    about = "torch.autograd within one branch (attention, MLP) at a time, nothing across branches"
+    passes = 4.0  # the error's pass, and each block forward and back: upper bounds of their cost, as in `Rule.passes`
+    cut, enters = True, False  # where norms read the stream; whether the first block's gradient enters the embedding
+
+    def __init__(self, objective: Objective, tensors: list[Tensor]):
+        self.blocks = decoder_blocks(objective.model)
+        at = {id(p): number for number, block in enumerate(self.blocks) for p in block.parameters()}
+        self.tensors: list[list[Tensor]] = [[] for _ in self.blocks]
+        for tensor in tensors:
+            if id(tensor.parameter) in at:
+                self.tensors[at[id(tensor.parameter)]].append(tensor)
+        self.outer = [tensor for tensor in tensors if id(tensor.parameter) not in at]
+        if self.cut and any(self.tensors):
+            self._refuse_norms_behind(objective)
+
+    def _refuse_norms_behind(self, objective: Objective) -> None:
+        """Raise UsageError where norms stand behind branches, not before them: the error would have to cross them."""
+        at, found = next(at for at, tensors in enumerate(self.tensors) if tensors), []
+
+        def probe(x: torch.Tensor, call: Callable) -> torch.Tensor:
+            y, *gradients = Branch.gradients(self, at, torch.ones_like(x), x, call)
+            found.extend(gradients)
+            return y
+
+        with torch.no_grad(), objective.quiet(), objective.blocks_replaced({at: probe}):
+            objective.hidden(torch.zeros(1, 2, dtype=torch.int64, device=objective.device))
+        lost = sum(t.parameter.numel() for t in self.tensors[at] if t.index not in found[0])
+        if 2 * lost > sum(t.parameter.numel() for t in self.tensors[at]):  # more than a parameter that nothing uses
+            kind = f"{type(self.blocks[at]).__name__} has norms behind its branches, not before them"
+            raise UsageError(f"--direction feedback: {kind}; take --carry block")
+
+    def gradients(self, at: int, e: torch.Tensor, x: torch.Tensor, call: Callable) -> tuple:
+        """Return a block's output y for its input x [R, T, d], the gradients of <y, e> by tensor index, and in x."""
+        norms = [m for m in self.blocks[at].children() if self.cut and "norm" in type(m).__name__.lower()]
+        hooks = [m.register_forward_pre_hook(lambda m, given: (given[0].detach(), *given[1:])) for m in norms]
+        x = x.detach().requires_grad_(at == 0 and self.enters)
+        try:
+            with torch.enable_grad():
+                y = call(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        wanted = [tensor.parameter for tensor in self.tensors[at]] + [x] * x.requires_grad
+        found = torch.autograd.grad(y, wanted, e.to(y.dtype), allow_unused=True) if wanted else []
+        own = {t.index: gradient for t, gradient in zip(self.tensors[at], found) if gradient is not None}
+        return y.detach(), own, found[-1] if x.requires_grad else None
+
+
+class Block(Branch):
+    """--carry block: all of a block, by the gradient of <block(x), e>; the first block's enters the embedding."""
+
+    about = "torch.autograd within one block at a time, nothing across blocks; the first one's enters the embedding"
+    cut, enters = False, True
+
+
+class Stream(Branch):
+    """--carry stream: the matrices that write to the stream, by e^T x."""
+
+    about = "the matrices that write to the stream alone, without autograd in any block"
+    passes = 3.0
+    WRITERS = ("o_proj", "down_proj", "out_proj", "fc2", "dense", "dense_4h_to_h", "c_proj", "fc_out")
+
+    def __init__(self, objective: Objective, tensors: list[Tensor]):
+        super().__init__(objective, tensors)
+        named = [(name.rpartition(".")[2], m) for block in self.blocks for name, m in block.named_modules()]
+        self.writers = {id(m.weight): m for name, m in named if name in self.WRITERS and hasattr(m, "weight")}
+        self.tensors = [[t for t in inner if id(t.parameter) in self.writers] for inner in self.tensors]
+
+    def gradients(self, at: int, e: torch.Tensor, x: torch.Tensor, call: Callable) -> tuple:
+        found, flat = {}, e.flatten(0, -2)
+
+        def product(index: int, module: torch.nn.Module, given: tuple, out: torch.Tensor) -> None:
+            with torch.autocast(flat.device.type, enabled=False):
+                weight = flat.T @ given[0].reshape(len(flat), -1).float()
+            transposed = isinstance(module, transformers.pytorch_utils.Conv1D)  # W [in, out]
+            found[index] = weight.T.contiguous() if transposed else weight
+
+        mine = [(t.index, self.writers[id(t.parameter)]) for t in self.tensors[at]]
+        hooks = [module.register_forward_hook(functools.partial(product, index)) for index, module in mine]
+        try:
+            return call(x), found, None
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+CARRIES: dict[str, type[Branch]] = {"stream": Stream, "branch": Branch, "block": Block}
 
 
 class Look(NamedTuple):
-    """What the first passes of a feedback step show: the loss, the error e at the top of the stream [R, T, d],
-    gradients outside the blocks by tensor index, and the regression's two moments [d, d] with this step's queries in
-    them.
+    """What the first passes of a feedback step show: the loss, the error e at the top of the stream [R, T, d], the
+    embedding's output h0 [R, T, d] with its graph, gradients outside the blocks and those that enter the embedding, by
+    tensor index, and the regression's two moments [d, d] with this step's queries in them.
     """
 
     loss: float
@@ -2882,14 +2973,10 @@ def node_noise(seed: int, step: int, query: int, like: torch.Tensor) -> torch.Te
 
 
 def perturbed_top(objective: Objective, ids: torch.Tensor, shifts: list[torch.Tensor]) -> torch.Tensor:
-    """Return the top of the stream [queries * R, T, d] where the embedding's output is moved by each shift [R, T,
-    d].
-    """
-    shift, tops = torch.cat(shifts), []
+    """Return the top of the stream [queries * R, T, d] where the embedding's output moves by each shift [R, T, d]."""
+    shift, tops, many = torch.cat(shifts), [], ids.repeat(len(shifts), 1)
     with torch.no_grad(), objective.quiet():
-        objective.hidden_through(
-            ids.repeat(len(shifts), 1), lambda x: x + shift.to(x.dtype), lambda x: tops.append(x) or x
-        )
+        objective.hidden_through(many, lambda x: x + shift.to(x.dtype), lambda x: tops.append(x) or x)
     return tops[0]
 
 
@@ -2899,17 +2986,16 @@ class Feedback(Rule):
     The gradient of a linear layer is sum_t delta_t x_t^T: any forward pass shows x; only delta, one vector a token, is
     unknown. At the output it is known in closed form, and the final norm's own vector-Jacobian product takes it to the
     top of the stream: e. Blocks add to the stream, so e carried unchanged is a guess of delta in every block (feedback
-    alignment: Lillicrap et al. 2016, Nokland 2016, with the true output weights). Within a block, `carry` says what is
-    trained: stream, the matrices that write to the stream, by e^T x; branch, all of a branch, by torch.autograd on
-    <branch(x), e> for that branch alone: nothing crosses from one branch to another.
+    alignment: Lillicrap et al. 2016, Nokland 2016, with the true output weights). --carry says what is trained with it.
 
     At the embedding's output h0, which the stream soon forgets, e carried is blind (cosine about 0). There queries
     perturb: h0 + epsilon r xi, with r the root mean square of h0 at each token and xi normal from coordinates, and one
-    pass of the body shows the response D = (h_top(+) - h_top) / epsilon at the same token. Regressed over steps, V = (A
-    + ridge)^-1 C with A = sum xi^T xi and C = sum xi^T D (decay BETA a step) is r times the mean Jacobian from h0 to
-    the top, and delta0 = e V^T / r (node perturbation: Widrow and Lehr 1990, Fiete and Seung 2006; learned feedback:
-    Lansdell et al. 2019, arXiv 1906.00889; activity perturbation: Ren et al. 2022, arXiv 2210.03310; FDFA: arXiv
-    2212.07282). Without queries delta0 = e. A block's gradients are applied and freed before the next block's are made.
+    pass of the body shows the response D = (h_top(+) - h_top) / epsilon at the same token. Regressed over steps,
+    V = (A + ridge)^-1 C with A = sum xi^T xi and C = sum xi^T D (decay BETA a step) is r times the mean Jacobian from
+    h0 to the top, and delta0 = e V^T / r (node perturbation: Widrow and Lehr 1990, Fiete and Seung 2006; learned
+    feedback: Lansdell et al. 2019, arXiv 1906.00889; activity perturbation: Ren et al. 2022, arXiv 2210.03310; FDFA:
+    arXiv 2212.07282). Without queries delta0 = e. A block's gradients are applied and freed before the next one's are
+    made. grad_norm is that of what the first passes show, outside the blocks, each side of a tied embedding by itself.
     """
 
     optimizers = None
@@ -2919,44 +3005,32 @@ class Feedback(Rule):
 
     @staticmethod
     def defaults(config: Config) -> dict:
-        """Return the defaults of flags: a query a step, but where the error reaches the embedding by itself."""
-        return {"query_budget_q": int(config.carry != "block"), "optimizer": "adam", "epsilon": 0.1}
+        """Return the defaults of flags: a query a step, but where the error enters the embedding by itself."""
+        q = 0 if CARRIES[config.carry].enters else 1
+        return {"query_budget_q": q, "optimizer": "adam", "epsilon": 0.1}
 
     def __init__(self, setting: Setting, group: int):
         super().__init__(setting, setting.tensors)
         objective, config = setting.objective, setting.config
-        self.blocks, self.group, self.moments = decoder_blocks(objective.model), max(1, group), None
-        at = {id(p): number for number, block in enumerate(self.blocks) for p in block.parameters()}
-        named = [(name.rpartition(".")[2], m) for block in self.blocks for name, m in block.named_modules()]
-        self.writers = {id(m.weight): m for name, m in named if name in RESIDUAL_WRITERS and hasattr(m, "weight")}
-        self.local, stream_alone = config.carry == "block", config.carry == "stream"
-        self.carry = self._products if stream_alone else self._autograd
-        inner = [t for t in self.tensors if id(t.parameter) in (self.writers if stream_alone else at)]
-        self.inner = {number: [t for t in inner if at[id(t.parameter)] == number] for number in range(len(self.blocks))}
-        self.outer = [t for t in self.tensors if id(t.parameter) not in at]
+        self.group, self.moments, self.carry = max(1, group), None, CARRIES[config.carry](objective, self.tensors)
+        self.outer, table = self.carry.outer, objective.model.get_input_embeddings().weight
         # a tied embedding's two gradients, as output layer and as embedding, are too different to share moments
-        tied = [
-            t for t in self.outer if t is setting.head and t.parameter is objective.model.get_input_embeddings().weight
-        ]
+        tied = [t for t in self.outer if t is setting.head and t.parameter is table]
         self.entry = Optimizer(setting.optimizer.name, tied, objective.workers, 0.0, {id(t.parameter) for t in tied})
         embeddings = [m for m in objective.model.modules() if isinstance(m, torch.nn.Embedding)]
         self.reaches = bool({id(t.parameter) for t in self.outer} & {id(p) for m in embeddings for p in m.parameters()})
         self.probes = config.query_budget_q if self.reaches else 0
-        # the pass, blocks again with the products of a branch or of writers; at the head as many; upper bounds of their
-        # cost
-        self.learning_passes = 2.0 + self.probes
-        self.passes = (3.0 if stream_alone else 4.0) + self.probes
+        self.learning_passes, self.passes = 2.0 + self.probes, self.carry.passes + self.probes
 
     @property
     def trained(self) -> list[Tensor]:
-        return [*self.outer, *itertools.chain(*self.inner.values())]
+        return [*self.outer, *itertools.chain(*self.carry.tensors)]
 
     def see(self, step: int) -> Look:
         objective, ids, seen = self.setting.objective, self.setting.batch(step), {}
 
-        def bottom(
-            x: torch.Tensor,
-        ) -> torch.Tensor:  # the embedding is recorded, and what follows the blocks; no block is
+        # the embedding is recorded, and what follows the blocks; no block is
+        def bottom(x: torch.Tensor) -> torch.Tensor:
             seen["h0"] = x
             torch.set_grad_enabled(False)
             return x.detach()
@@ -2976,20 +3050,27 @@ class Feedback(Rule):
         gradients = {t.index: g for t, g in zip(self.outer, tail) if g is not None}
         exact = {id(objective.head.weight): error.weight, id(objective.head.bias): error.bias}
         gradients |= {t.index: exact[id(t.parameter)] for t in self.outer if id(t.parameter) in exact}
-        h0, e, moments, entry = seen["h0"], e.float(), self.moments, {}
-        if self.reaches and not self.local:
-            delta0, r = e, h0.detach().float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
-            if self.probes:
-                moments = self._regress(step, ids, r, seen["top"].detach().float())
-                delta0 = e @ self._jacobian(*moments).T / r
-            entry = self._entry(h0, delta0)
-        return Look(error.loss, e, h0, gradients, entry, moments)
+        look = Look(error.loss, e.float(), seen["h0"], gradients, {}, self.moments)
+        return self._entered(step, ids, look, seen["top"].detach().float())
 
-    def _entry(self, h0: torch.Tensor, delta0: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Return the gradients of what makes h0, the embeddings, given delta0 [R, T, d]."""
+    def _entered(self, step: int, ids: torch.Tensor, look: Look, top: torch.Tensor) -> Look:
+        """Return a look with what queries say of the embedding's gradient, where that does not come from a block."""
+        if not self.reaches or self.carry.enters:
+            return look
+        delta0, r = look.e, look.h0.detach().float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+        if self.probes:
+            look = look._replace(moments=self._regress(step, ids, r, top))
+            a, c = look.moments
+            ridge = self.RIDGE * a.diagonal().mean() * torch.eye(len(a), device=a.device)
+            delta0 = look.e @ torch.linalg.solve(a + ridge, c).T / r
+        self._enter(look, delta0)
+        return look
+
+    def _enter(self, look: Look, delta0: torch.Tensor) -> None:
+        """Take the gradients of what makes h0, the embeddings, given delta0 [R, T, d]."""
         parameters = [tensor.parameter for tensor in self.outer]
-        found = torch.autograd.grad(h0, parameters, delta0.to(h0.dtype), allow_unused=True)
-        return {t.index: gradient for t, gradient in zip(self.outer, found) if gradient is not None}
+        found = torch.autograd.grad(look.h0, parameters, delta0.to(look.h0.dtype), allow_unused=True)
+        look.entry.update({t.index: gradient for t, gradient in zip(self.outer, found) if gradient is not None})
 
     def _regress(self, step: int, ids: torch.Tensor, r: torch.Tensor, top: torch.Tensor) -> tuple:
         """Return the moments A and C, float32 [d, d], with this step's queries in them."""
@@ -3002,20 +3083,15 @@ class Feedback(Rule):
 
     def _responses(self, step: int, ids: torch.Tensor, r: torch.Tensor, top: torch.Tensor, chosen: range) -> np.ndarray:
         """Return xi^T D of the chosen queries, float32 [len(chosen), d, d]; `group` queries in one pass of the body."""
-        objective, width, found = self.setting.objective, top.shape[-1], []
+        width, found = top.shape[-1], []
         for lo in range(0, len(chosen), self.group):
             self.setting.ranks.stop.heed()
             noises = [node_noise(self.config.seed, step, query, top) for query in chosen[lo : lo + self.group]]
-            moved = perturbed_top(objective, ids, [self.config.epsilon * r * xi for xi in noises])
+            moved = perturbed_top(self.setting.objective, ids, [self.config.epsilon * r * xi for xi in noises])
             for xi, y in zip(noises, moved.float().chunk(len(noises))):
                 response = (y - top) / self.config.epsilon
                 found.append((xi.view(-1, width).T @ response.view(-1, width)).cpu().numpy())
         return np.stack(found) if found else np.empty((0, width, width), np.float32)
-
-    def _jacobian(self, a: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """Return V [d, d] = (A + ridge)^-1 C."""
-        ridge = self.RIDGE * a.diagonal().mean() * torch.eye(len(a), device=a.device)
-        return torch.linalg.solve(a + ridge, c)
 
     def measure(self, step: int, rate: float) -> Record:
         look = self.look(step)
@@ -3025,89 +3101,35 @@ class Feedback(Rule):
         return Record(step, rate, look.loss, math.hypot(*norms), np.empty(0))
 
     def apply(self, record: Record) -> None:
-        look, objective = self.look(record.step), self.setting.objective
+        look, objective, optimizer = self.look(record.step), self.setting.objective, self.setting.optimizer
         self.moments = look.moments
-        ids = self.setting.batch(record.step)
-        forwards = {
-            at: functools.partial(self._block, at, look, record.learning_rate)
-            for at, tensors in self.inner.items()
-            if tensors or (at == 0 and self.local and self.reaches)
-        }
+
+        def block(at: int, x: torch.Tensor, call: Callable) -> torch.Tensor:
+            y, gradients, delta0 = self.carry.gradients(at, look.e, x, call)
+            if delta0 is not None and self.reaches:
+                self._enter(look, delta0)
+            optimizer.apply_gradients(gradients, record.learning_rate)
+            return y
+
+        forwards = {at: functools.partial(block, at) for at in range(len(self.carry.tensors))}
         with torch.no_grad(), objective.quiet(), objective.blocks_replaced(forwards):
-            objective.hidden(ids)
-        self.setting.optimizer.apply_gradients(look.gradients, record.learning_rate)
+            objective.hidden(self.setting.batch(record.step))
+        optimizer.apply_gradients(look.gradients, record.learning_rate)
         self.entry.apply_gradients(look.entry, record.learning_rate)
-        self.setting.optimizer.apply_gradients(look.entry, record.learning_rate)  # what is not tied
-
-    def _block(self, at: int, look: Look, rate: float, x: torch.Tensor, call: Callable) -> torch.Tensor:
-        """Return a block's output at the weights before their update, which is made here."""
-        y, gradients = self.carry(at, look, x, call)
-        self.setting.optimizer.apply_gradients({index: g for index, g in gradients.items() if g is not None}, rate)
-        return y
-
-    def _autograd(self, at: int, look: Look, x: torch.Tensor, call: Callable) -> tuple[torch.Tensor, dict]:
-        """Return a block's output y and the gradient of <y, e>: cut where its norms read the stream, which is each
-        branch on its own, or whole; of the first block the whole one reaches the embedding.
-        """
-        norms = [module for module in self.blocks[at].children() if "norm" in type(module).__name__.lower()]
-        cut = lambda module, given: (given[0].detach(), *given[1:])  # noqa: E731
-        hooks = [] if self.local else [module.register_forward_pre_hook(cut) for module in norms]
-        tensors, enters = self.inner[at], at == 0 and self.local and self.reaches
-        x = x.detach().requires_grad_(enters)
-        try:
-            with torch.enable_grad():
-                y = call(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        wanted = [tensor.parameter for tensor in tensors] + [x] * enters
-        found = torch.autograd.grad(y, wanted, look.e.to(y.dtype), allow_unused=True)
-        lost = sum(t.parameter.numel() for t, gradient in zip(tensors, found) if gradient is None)
-        if 2 * lost > sum(t.parameter.numel() for t in tensors):  # not a parameter that the model does not use
-            kind = f"{type(self.blocks[at]).__name__} has norms behind its branches, not before them"
-            raise UsageError(f"--direction feedback: {kind}; take --carry block")
-        if enters:
-            look.entry.update(self._entry(look.h0, found[-1]))
-        return y.detach(), {tensor.index: gradient for tensor, gradient in zip(tensors, found)}
-
-    def _products(self, at: int, look: Look, x: torch.Tensor, call: Callable) -> tuple[torch.Tensor, dict]:
-        """Return a block's output, and e^T x of each matrix that writes to the stream."""
-        gradients, flat = {}, look.e.flatten(0, -2)
-
-        def product(module: torch.nn.Module, given: tuple, out: torch.Tensor) -> None:
-            index = next(t.index for t in self.inner[at] if t.parameter is module.weight)
-            with torch.autocast(flat.device.type, enabled=False):
-                weight = flat.T @ given[0].reshape(len(flat), -1).float()
-            transposed = isinstance(module, transformers.pytorch_utils.Conv1D)  # W [in, out]
-            gradients[index] = weight.T.contiguous() if transposed else weight
-
-        hooks = [self.writers[id(tensor.parameter)].register_forward_hook(product) for tensor in self.inner[at]]
-        try:
-            return call(x), gradients
-        finally:
-            for hook in hooks:
-                hook.remove()
+        optimizer.apply_gradients(look.entry, record.learning_rate)  # what is not tied
 
     def learn(self, step: int, gradients: dict[int, torch.Tensor]) -> None:
         look = self.look(step)
-        self.moments = look.moments
-        own = dict(look.gradients)
+        self.moments, own = look.moments, dict(look.gradients)
         for index, gradient in look.entry.items():
             own[index] = own[index] + gradient if index in own else gradient
         both = [(gradient, gradients[index]) for index, gradient in own.items()]
         self.guide_to_gradient = cosine(*zip(*both)) if both else math.nan
 
     def about(self) -> list[str]:
-        how = {
-            "block": "torch.autograd within one block at a time, nothing across blocks; the first into the embedding",
-            "branch": "torch.autograd within one branch (attention, MLP) at a time, nothing across branches",
-            "stream": "the matrices that write to the stream alone, no autograd in any block",
-        }[self.config.carry]
         q = f"{self.probes} a step learn the way from the output to the embedding" if self.probes else "none"
-        return [
-            f"feedback alignment: the exact error at the output, carried unchanged to every block; {how}",
-            f"queries: {q}",
-        ]
+        how = "feedback alignment: the exact error at the output, carried unchanged to every block"
+        return [f"{how}; {self.carry.about}", f"queries: {q}"]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         met = torch.tensor([self.guide_to_gradient], dtype=torch.float64)

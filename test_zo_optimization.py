@@ -507,7 +507,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for dtype, q in itertools.product([torch.float32, torch.bfloat16][: 1 + BFLOAT16], asked.queries):
             show(speed_table, f"Speed, {shape}, q = {q}, {str(dtype)[6:]}, {n} times", size, q, n, dtype, *batch)
         if asked.profile:
-            show(profile_table, f"Profile, {shape}, q = 8, float32", size, 8, *batch)
+            show(profile_table, f"Profile, {shape}, q = {asked.queries[0]}", size, asked.queries[0], *batch)
     if "ranks" in asked.only:
         show(ranks_table, f"Ranks, {shape}, q = 16", size, 16, asked.rank_repetitions, *batch)
     for size in asked.sizes if "memory" in asked.only else ():  # Muon takes minutes a matrix where bfloat16 is emulated

@@ -58,13 +58,18 @@ class Runs:
         return self.main(harness.argv(resume=run, **flags))
 
     def whole_and_resumed(self, max_steps: int, **flags) -> tuple[Path, Path]:
-        """A run, and the same one resumed as if it had been stopped, its last checkpoint damaged: the one before is used."""
+        """A run, and the same one resumed from the checkpoint before its last, which is damaged."""
         whole = self.train("whole", **flags, max_steps=max_steps)
         run = self.train("logs", **flags, max_steps=max_steps, save_interval=2)
         harness.damage(harness.last_checkpoint(run) / "model.safetensors", "flipped")
         (run / "finished.json").unlink()
         assert self.resume(run) == 0
         return whole, run
+
+    def complete(self, run: Path, whole: Path, **flags) -> None:
+        """Resumes a run, which must then be the same as one that nothing disturbed."""
+        assert self.resume(run, **flags) == 0
+        assert harness.differences(whole, run) == []
 
     def replay(self, run: Path, **flags) -> int:
         return self.main(harness.argv(replay=run, **flags))
@@ -135,6 +140,19 @@ def errors(capsys):
         return code, capsys.readouterr().err.splitlines()
 
     return call
+
+
+@pytest.fixture
+def failure(capsys):
+    """Calls a run that must fail; (exit code, its one line on standard error)."""
+
+    def failing(call, *args, **flags) -> tuple[int, str]:
+        capsys.readouterr()
+        code = call(*args, **flags)
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+        return code, line
+
+    return failing
 
 
 @pytest.fixture

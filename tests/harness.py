@@ -25,7 +25,7 @@ import reproduce_zo_paper as zo  # noqa: E402
 MINIATURE = zo.Size(32, 2, 2, 64, "bpe:300")
 MINIATURE_BLOCK = 1 << 11
 
-# Every default that matters is given, so that tests do not change with the defaults; `fitting` leaves out those without effect.
+# Every default that matters is given, so that tests do not change with them; `fitting` leaves out those without effect.
 FLAGS = {
     "mode": "ZO",
     "model_size": "tiny",
@@ -159,10 +159,6 @@ def steps_of(run: Path) -> list[str]:
     return [row["step"] for row in metrics(run)]
 
 
-def error_lines(capsys) -> list[str]:
-    return [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-
-
 def rewrite_config(run: Path, leave_out: tuple = (), **flags) -> None:
     """Changes flags in a run's config.json, or leaves some out, with a digest that fits."""
     about = json.loads((run / "config.json").read_text("utf-8"))
@@ -172,7 +168,7 @@ def rewrite_config(run: Path, leave_out: tuple = (), **flags) -> None:
 
 
 def at_storage_calls(patch, name: str, time_of_name: int, act) -> None:
-    """Calls act() before each storage call of the n-th checkpoint of a name: a kill would leave what is on the disk then."""
+    """Calls act() before each storage call of the n-th checkpoint of a name: a kill would leave what is there then."""
     active, times = [False], [0]
 
     def watched(function):
@@ -248,7 +244,7 @@ def full_disk_in_journal(step: int) -> None:
 
 
 def slow_steps(seconds: float, count: str = "") -> None:
-    """Makes every pass of the model last, so that a signal arrives in the midst of a step; a byte in `count` for each."""
+    """Makes every pass of the model last, so that a signal arrives amid a step; a byte in `count` for each."""
     hidden = zo.Objective.hidden
 
     def slowly(self, *args, **kwargs):
@@ -362,13 +358,18 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def ranks(count: int, words: list[str], log: Path, faults: dict[int, tuple]) -> list[Child]:
-    """The script in `count` processes, as torchrun would start them."""
+def ranks(count: int, words: list, log: Path, faults: dict[int, tuple]) -> list[Child]:
+    """The script in `count` processes, as torchrun would start them; `words` are theirs, or each one's own."""
     common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    environments = [
-        {name: str(value) for name, value in (common | {"RANK": n, "LOCAL_RANK": n}).items()} for n in range(count)
-    ]
-    return [Child(words, log.with_suffix(f".{n}"), faults.get(n, ()), each) for n, each in enumerate(environments)]
+    own = [{name: str(v) for name, v in (common | {"RANK": n, "LOCAL_RANK": n}).items()} for n in range(count)]
+    words = words if isinstance(words[0], list) else [words] * count
+    return [Child(words[n], log.with_suffix(f".{n}"), faults.get(n, ()), own[n]) for n in range(count)]
+
+
+def errors_of(*children: Child) -> list[str]:
+    """The errors that they said."""
+    assert not any("Traceback" in child.output() for child in children)
+    return [line for child in children for line in child.output().splitlines() if line.startswith("error: ")]
 
 
 def journal(run: Path) -> list[dict]:

@@ -4,12 +4,14 @@ python tests/test_attacks.py        tries all of them, the slow ones too, and sa
 """
 
 import collections
+import functools
 import gzip
 import itertools
 import json
 import os
 import pickle
 import random
+import re
 import shutil
 import sys
 import time
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import harness
 import pytest
-from harness import STEPS, error_lines, steps_of
+from harness import STEPS, steps_of
 
 import reproduce_zo_paper as zo
 
@@ -38,19 +40,16 @@ KINDS = {
 }
 MOMENTS = {"before the first step": 0, "early": 2, "at a checkpoint": 3, "late": 7}  # lines of the journal
 QUICK = {*zip(KINDS, itertools.cycle(MOMENTS))}
-KILLS = [
-    pytest.param(*attack, marks=[] if attack in QUICK else pytest.mark.long)
-    for attack in itertools.product(KINDS, MOMENTS)
-]
+
+
+def attacks(pairs, quick) -> list:
+    """All pairs, those that are not quick marked long."""
+    return [pytest.param(*pair, marks=[] if quick(*pair) else pytest.mark.long) for pair in pairs]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(module_runs):
-    made = {}
-    return lambda kind: (
-        made.setdefault(kind, None)
-        or made.setdefault(kind + "!", module_runs.train(f"undisturbed_{kind}", **STEPS | KINDS[kind]))
-    )
+    return functools.cache(lambda kind: module_runs.train(f"undisturbed_{kind}", **STEPS | KINDS[kind]))
 
 
 def kill(child: harness.Child, logs: Path, records: int, moments: random.Random) -> None:
@@ -60,6 +59,9 @@ def kill(child: harness.Child, logs: Path, records: int, moments: random.Random)
     child.kill()
 
 
+KILLS = attacks(itertools.product(KINDS, MOMENTS), lambda *pair: pair in QUICK)
+
+
 @pytest.mark.parametrize(("kind", "moment"), KILLS)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(runs, undisturbed, kind, moment):
     """Killed twice: the second time a step after it was resumed."""
@@ -67,13 +69,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(runs, undisturbed, kind
     kill(runs.start("killed", ("slow_steps", 0.01), **STEPS | KINDS[kind]), logs, records, moments)
     run = harness.only_run(logs)
     kill(runs.start_resume(run, ("slow_steps", 0.01)), logs, min(8, harness.records(logs) + 1), moments)
-    assert runs.resume(run) == 0
-    assert harness.differences(undisturbed(kind), run) == []
+    runs.complete(run, undisturbed(kind))
     assert steps_of(run) == [str(step) for step in range(9)]
 
 
-@pytest.mark.parametrize(("name", "number"), [("step_00000006", 1), ("best", 2)])
-def test_a_kill_between_any_two_storage_calls_of_a_checkpoint_loses_nothing(runs, name, number, record_property):
+EVERY = [pytest.param(*saved, 1, marks=pytest.mark.long) for saved in (("step_00000006", 1), ("best", 2))]
+
+
+@pytest.mark.parametrize(("name", "number", "every"), [("step_00000006", 1, 4), ("best", 2, 5), *EVERY])
+def test_a_kill_between_two_storage_calls_of_a_checkpoint_loses_nothing(runs, name, number, every, record_property):
     """Before each mkdir, write, flush, rename and removal of a checkpoint, or of the best one that replaces another."""
     flags, copies = STEPS | {"mode": "FO", "learning_rate": 0.01}, []
 
@@ -84,14 +88,13 @@ def test_a_kill_between_any_two_storage_calls_of_a_checkpoint_loses_nothing(runs
     with pytest.MonkeyPatch.context() as patch:
         harness.at_storage_calls(patch, name, number, copy)
         whole = runs.train("whole", **flags)
-    record_property("attacks", len(copies))
+    record_property("attacks", len(copies[::every]))
     assert len(copies) >= 10
-    for at, run in enumerate(copies):
+    for at, run in [*enumerate(copies)][::every]:
         assert all(zo.folder_fault(folder) is None for folder in (run / "checkpoints").glob("step_*"))
         faults = {zo.folder_fault(folder) for folder in (run / "checkpoints").glob("*best")}
         assert faults & {None, "it was written as best"}, f"storage call {at}"  # whole, if under another name
-        assert runs.resume(run) == 0
-        assert harness.differences(whole, run) == [], f"storage call {at}"
+        runs.complete(run, whole)
         best = [(each / "checkpoints" / "best" / "model.safetensors").read_bytes() for each in (whole, run)]
         assert best[0] == best[1]
         assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
@@ -114,20 +117,25 @@ def trap(mark: Path) -> bytes:
     return pickle.dumps(Trap(mark))
 
 
+def vouched_pickle(path: Path) -> None:
+    """With a manifest that fits."""
+    path.write_bytes(trap(path.with_name("mark")))
+    (path.parent / "manifest.json").unlink()
+    files = {each.name: zo.file_digest(each) for each in path.parent.iterdir()}
+    (path.parent / "manifest.json").write_text(json.dumps({"name": path.parent.name, "sha256": files}), "utf-8")
+
+
 def link(path: Path) -> None:
     path.rename(path.parent.parent / "elsewhere")
     path.symlink_to(path.parent.parent / "elsewhere")
 
 
-def no_number(path: Path) -> None:
-    path.write_text(path.read_text("utf-8").rstrip().rpartition(",")[0].rpartition(",")[0] + ",1.2.3,1\n", "utf-8")
-
-
 DAMAGES = {how: lambda path, how=how: harness.damage(path, how) for how in ("truncated", "emptied", "flipped")} | {
-    "missing": Path.unlink,
+    "missing": lambda path: path.unlink(),
     "a pickle": lambda path: path.write_bytes(trap(path.with_name("mark"))),
+    "a vouched pickle": vouched_pickle,
     "a link": link,
-    "no number": no_number,
+    "no number": lambda path: path.write_bytes(path.read_bytes().rpartition(b",")[0] + b",1.2.3\n"),
 }
 MODEL_FILES = (
     *("model.safetensors", "optimizer.safetensors", "manifest.json", "state.json"),
@@ -139,72 +147,63 @@ RUN_FILES = {
     **{LAST + name: "passed over" for name in MODEL_FILES},
     **{"checkpoints/best/" + name: "goes on" for name in MODEL_FILES},
     **{"config.json": "refused", "corpus.json": "refused or goes on", "metrics.csv": "refused or goes on"},
-    **dict.fromkeys(["journal.jsonl", "finished.json", "train.log", "loss.png", ".lock"], "goes on"),
+    **dict.fromkeys(["journal.jsonl", "finished.json", "train.log", "loss.png"], "goes on"),
 }
-SELDOM = {*itertools.product(RUN_FILES, ["missing", "emptied"])} | {
-    (name, how)
-    for name, how in itertools.product(RUN_FILES, DAMAGES)
-    if "best/" in name or name in ("loss.png", "train.log", ".lock")
-}
-SELDOM -= {
-    ("corpus.json", "missing"),
-    ("checkpoints/best/model.safetensors", "flipped"),
-    (LAST + "tokenizer.json", "missing"),
-}
+IN_LAST = ("a vouched pickle", "a link", "missing")
+MORE = [(LAST + name, "a vouched pickle") for name in ("pytorch_model.bin", "optimizer.pt", "training_args.bin")]
 CORRUPTIONS = [
-    pytest.param(name, how, marks=pytest.mark.long if (name, how) in SELDOM else [])
-    for name, how in itertools.product(RUN_FILES, DAMAGES)
-    if (how != "a link" or name == LAST + "model.safetensors") and (how != "no number" or name == "metrics.csv")
+    *((name, how) for name, how in itertools.product(RUN_FILES, DAMAGES) if "/step" in name or how not in IN_LAST[:2]),
+    *MORE,
 ]
+CORRUPTIONS = [(name, how) for name, how in CORRUPTIONS if how != "no number" or name == "metrics.csv"]
+CORRUPTIONS = [(name, how) for name, how in CORRUPTIONS if how != "a vouched pickle" or "manifest" not in name]
+OFTEN = ("config.json", "corpus.json", "metrics.csv", "journal.jsonl", "finished.json", LAST + "model.safetensors")
 
 
-@pytest.mark.parametrize(("name", "how"), CORRUPTIONS)
+def quick(name: str, how: str) -> bool:
+    return name in OFTEN or (LAST in name and how in ("flipped", "a vouched pickle"))
+
+
+@pytest.mark.parametrize(("name", "how"), attacks(CORRUPTIONS, quick))
 def test_a_corrupted_file_is_named_or_does_no_harm(runs, stopped, whole, capsys, name, how):
     """It is never trained on, never executed, and never a traceback."""
-    path, outcome = stopped / name, RUN_FILES[name]
+    path, outcome = stopped / name, RUN_FILES.get(name, "")
     DAMAGES[how](path)
+    if name == "metrics.csv":
+        assert runs.resume(stopped) in (0, 2)  # a finished run that has nothing to do
     capsys.readouterr()
     code = runs.resume(stopped, max_steps=8)
     said = capsys.readouterr()
     assert not path.with_name("mark").exists()
+    assert code in (0, 2)
     if code == 2:
-        assert "refused" in outcome, said.err
+        assert "refused" in outcome or how == "a vouched pickle", said.err
         (line,) = said.err.splitlines()
-        assert str(path if how != "missing" else path.parent) in line
-        assert runs.replay(stopped) == 2
+        assert str(path if how not in IN_LAST else path.parent) in line
+        assert runs.replay(stopped) == 2 or LAST in name
         return
-    assert code == 0, said.err
     assert outcome != "refused"
     assert harness.same_weights(whole, stopped)
-    if name != "metrics.csv":
-        assert harness.timeless(whole) == harness.timeless(stopped)
+    assert name == "metrics.csv" or harness.timeless(whole) == harness.timeless(stopped)
     assert steps_of(stopped) == sorted(set(steps_of(stopped)), key=int)
-    if outcome == "passed over":
+    if outcome == "passed over" and how != "a vouched pickle":
         (line,) = [line for line in said.out.splitlines() if "passed over" in line]
         assert "step_00000006" in line
         assert path.name in line or path.name == "manifest.json"  # which may vouch wrongly for another file
 
 
-def test_every_file_of_a_run_is_attacked(stopped):
-    files = {str(path.relative_to(stopped)) for path in stopped.rglob("*") if path.is_file()}
-    assert files - {f"checkpoints/step_00000003/{name}" for name in MODEL_FILES} == set(RUN_FILES) | {".lock"}
-
-
-@pytest.mark.parametrize("how", ["truncated", "emptied", "flipped", "no number"])
-def test_damaged_metrics_of_a_finished_run_are_refused_or_mended(runs, stopped, how):
-    DAMAGES[how](stopped / "metrics.csv")
-    if (code := runs.resume(stopped)) == 0:
-        assert steps_of(stopped)[-1] == "6"
-        assert (stopped / "metrics.csv").read_text("utf-8").startswith("step,epoch,stage,loss")
-    assert code in (0, 2)
+def test_the_trap_works_and_every_file_of_a_run_is_attacked(stopped, tmp_path):
+    pickle.loads(trap(tmp_path / "mark"))
+    assert (tmp_path / "mark").exists()
+    files = {str(path.relative_to(stopped)) for path in stopped.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert {name for name in files if "step_00000003" not in name} == set(RUN_FILES)
 
 
 @pytest.mark.parametrize("how", ["truncated", "emptied", "flipped", "missing"])
 def test_a_damaged_journal_without_checkpoints_is_measured_again(runs, stopped, whole, how):
     DAMAGES[how](stopped / "journal.jsonl")
     shutil.rmtree(stopped / "checkpoints")
-    assert runs.resume(stopped, max_steps=8) == 0
-    assert harness.differences(whole, stopped) == []
+    runs.complete(stopped, whole, max_steps=8)
 
 
 def of_another_run(runs, run: Path, name: str) -> None:
@@ -217,17 +216,22 @@ def of_another_run(runs, run: Path, name: str) -> None:
         shutil.copytree(other / name, run / name)
 
 
+def earlier_as_last(runs, run: Path) -> None:
+    shutil.rmtree(run / LAST)
+    (run / "checkpoints" / "step_00000003").rename(run / LAST)
+
+
+def older_metrics(runs, run: Path) -> None:
+    path = run / "metrics.csv"
+    path.write_text(path.read_text("utf-8").replace("val_bits_per_byte,", "", 1), "utf-8")
+
+
 TAMPERINGS = {
-    "a checkpoint of another seed": lambda runs, run: of_another_run(runs, run, "checkpoints/step_00000006"),
+    "a checkpoint of another seed": lambda runs, run: of_another_run(runs, run, LAST),
     "a journal of another seed": lambda runs, run: of_another_run(runs, run, "journal.jsonl"),
     "a file more": lambda runs, run: (run / LAST / "pytorch_model.bin").write_bytes(b"x"),
-    "another checkpoint's name": lambda runs, run: [
-        shutil.rmtree(run / LAST),
-        (run / "checkpoints" / "step_00000003").rename(run / LAST),
-    ],
-    "no metrics of the version before": lambda runs, run: (run / "metrics.csv").write_text(
-        (run / "metrics.csv").read_text("utf-8").replace("val_bits_per_byte,", "", 1), "utf-8"
-    ),
+    "another checkpoint's name": earlier_as_last,
+    "metrics without a column": older_metrics,
 }
 
 
@@ -248,9 +252,8 @@ HAND_MADE = [
 def test_a_config_made_by_hand_is_refused(runs, stopped, capsys, flags):
     """With a digest that fits, but values that no flag accepts."""
     harness.rewrite_config(stopped, **flags)
-    capsys.readouterr()
     assert runs.resume(stopped) == 2
-    assert str(stopped / "config.json") in error_lines(capsys)[0]
+    assert capsys.readouterr().err.startswith(f"error: {stopped}/config.json")
 
 
 @pytest.fixture(scope="module")
@@ -261,99 +264,51 @@ def first_run(module_runs):
 
 
 CACHE_FILES = (
-    *("train.bin", "validation.bin", "frequencies.bin", "corpus.json", "manifest.json"),
-    *("tokenizer.json", "tokenizer_config.json"),
+    "train.bin",
+    "validation.bin",
+    "frequencies.bin",
+    "corpus.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
 )
-CACHE_DAMAGES = [
-    "flipped",
-    *(pytest.param(how, marks=pytest.mark.long) for how in ("truncated", "emptied", "missing", "a pickle")),
-]
+CACHE = itertools.product(
+    (*CACHE_FILES, "manifest.json"), [how for how in DAMAGES if how not in ("a link", "no number")]
+)
 
 
-@pytest.mark.parametrize("how", CACHE_DAMAGES)
-@pytest.mark.parametrize("name", CACHE_FILES)
+@pytest.mark.parametrize(("name", "how"), attacks(CACHE, lambda name, how: how in ("flipped", "a vouched pickle")))
 def test_a_damaged_cache_is_built_again(runs, first_run, tmp_path, name, how):
+    """Or refused, where the manifest vouches for what is in it."""
     whole, cache = first_run
-    shutil.copytree(cache, tmp_path / "cache")
-    (folder,) = (tmp_path / "cache").glob("tokens-*")
-    assert {path.name for path in folder.iterdir()} == set(CACHE_FILES)
+    (folder,) = Path(shutil.copytree(cache, tmp_path / "cache")).glob("tokens-*")
+    assert {path.name for path in folder.iterdir()} == {*CACHE_FILES, "manifest.json"}
     DAMAGES[how](folder / name)
-    again = runs.train("again", cache_dir=tmp_path / "cache", max_steps=2)
-    assert harness.differences(whole, again) == []
+    code = runs.code("again", cache_dir=tmp_path / "cache", max_steps=2)
+    assert code == 0 or (code == 2 and how == "a vouched pickle")
+    assert how == "a vouched pickle" or harness.differences(whole, harness.only_run(tmp_path / "again")) == []
     assert not list((tmp_path / "cache").rglob("mark"))
 
 
-# ---- code that must never be executed --------------------------------------------------------------------------------
-
-
-def vouch(folder: Path) -> None:
-    """Writes a manifest that fits what is in the folder."""
-    (folder / "manifest.json").unlink()
-    files = {path.name: zo.file_digest(path) for path in folder.iterdir()}
-    (folder / "manifest.json").write_text(json.dumps({"name": folder.name, "sha256": files}), "utf-8")
-
-
-def test_the_trap_works(tmp_path):
-    pickle.loads(trap(tmp_path / "mark"))
-    assert (tmp_path / "mark").exists()
-
-
-PICKLES = [
-    *(name for name in MODEL_FILES if name != "manifest.json"),
-    "pytorch_model.bin",
-    "optimizer.pt",
-    "training_args.bin",
-]
-
-
-@pytest.mark.parametrize("name", PICKLES)
-def test_a_pickle_that_the_manifest_vouches_for_is_never_executed(runs, stopped, tmp_path, name):
-    (stopped / LAST / name).write_bytes(trap(tmp_path / "mark"))
-    vouch(stopped / LAST)
-    assert runs.resume(stopped, max_steps=7) in (0, 2)
-    assert not (tmp_path / "mark").exists()
-
-
-@pytest.mark.parametrize("name", [name for name in CACHE_FILES if name != "manifest.json"])
-def test_a_pickle_in_the_cache_that_the_manifest_vouches_for_is_never_executed(runs, first_run, tmp_path, name, capsys):
-    shutil.copytree(first_run[1], tmp_path / "cache")
-    (folder,) = (tmp_path / "cache").glob("tokens-*")
-    (folder / name).write_bytes(trap(tmp_path / "mark"))
-    vouch(folder)
-    assert runs.code(cache_dir=tmp_path / "cache", max_steps=1) in (0, 2)
-    assert not (tmp_path / "mark").exists()
-
-
+REMOTE = {"AutoTokenizer": [None, "trap.Trap"], "AutoModelForCausalLM": "trap.Trap", "AutoConfig": "trap.Trap"}
 CODE = {
-    "code beside a tokenizer": (
-        "tokenizer",
-        {"tokenizer_config.json": {"auto_map": {"AutoTokenizer": [None, "trap.Trap"]}}},
-        (),
-    ),
-    "code beside a model": (
-        "init_from",
-        {"config.json": {"auto_map": {"AutoModelForCausalLM": "trap.Trap"}, "model_type": "trap"}},
-        (),
-    ),
-    "a model that is a pickle": ("init_from", {}, ("model.safetensors",)),
+    "code beside a tokenizer": ("tokenizer", "tokenizer_config.json", {"auto_map": REMOTE}, ""),
+    "code beside a model": ("init_from", "config.json", {"auto_map": REMOTE, "model_type": "trap"}, ""),
+    "a model that is a pickle": ("init_from", "config.json", {}, "model.safetensors"),
 }
 
 
-@pytest.mark.parametrize(("flag", "changes", "without"), CODE.values(), ids=CODE)
-def test_code_beside_a_model_is_never_executed(runs, first_six, tmp_path, capsys, flag, changes, without):
+@pytest.mark.parametrize(("flag", "name", "change", "without"), CODE.values(), ids=CODE)
+def test_code_beside_a_model_is_never_executed(runs, first_six, tmp_path, capsys, flag, name, change, without):
     folder, mark = Path(shutil.copytree(first_six / LAST, tmp_path / "model")), tmp_path / "mark"
     (folder / "trap.py").write_text(f"open({str(mark)!r}, 'w')\nclass Trap: pass\n", "utf-8")
     (folder / "pytorch_model.bin").write_bytes(trap(mark))
-    for name, change in changes.items():
-        about = json.loads((folder / name).read_text("utf-8"))
-        (folder / name).write_text(json.dumps(about | change), "utf-8")
-    for name in without:
-        (folder / name).unlink()
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text("utf-8")) | change), "utf-8")
+    (folder / (without or "trap.json")).unlink(missing_ok=True)
     own = {"model_size": None, "tokenizer": None} if flag == "init_from" else {}
     capsys.readouterr()
     code = runs.code(**own | {flag: folder}, max_steps=1)
-    assert code == 2 or flag == "tokenizer"
-    assert all(str(folder) in line for line in error_lines(capsys))
+    assert code == 2 or (code == 0 and flag == "tokenizer")
+    assert all(str(folder) in line for line in capsys.readouterr().err.splitlines())
     assert not mark.exists()
 
 
@@ -361,17 +316,14 @@ def test_code_beside_a_model_is_never_executed(runs, first_six, tmp_path, capsys
 
 ROWS = "".join(json.dumps({"text": f"document {n} " + "and some words " * 9}) + "\n" for n in range(60))
 BINARY = b"\xff\xfe\x00binary\x81" * 20
+TORN = gzip.compress(ROWS.encode() + os.urandom(5000).hex().encode())[:-2000]
 INPUTS = {  # name: (file, content, what the one line must say)
     **{
-        f"binary {name}": (name, BINARY, "can't be read")
-        for name in ("a.txt", "a.jsonl", "a.csv", "a.parquet", "a.jsonl.gz")
+        f"binary {end}": (f"a{end}", BINARY, "can't be read")
+        for end in (".txt", ".jsonl", ".csv", ".parquet", ".json.gz")
     },
     "no gzip": ("a.jsonl.gz", b"\x1f\x8b\x08 no gzip" * 20, "can't be read"),
-    "a torn gzip": (
-        "a.jsonl.gz",
-        gzip.compress(ROWS.encode() + os.urandom(5000).hex().encode())[:-2000],
-        "can't be read",
-    ),
+    "a torn gzip": ("a.jsonl.gz", TORN, "can't be read"),
     "a number": ("a.jsonl", ROWS + '{"text": 17}\n', r"row 61|can't be read"),
     "numbers": ("a.jsonl", '{"text": 17}\n' * 60, r"row 1 holds 17"),
     "a list": ("a.jsonl", '{"text": ["a", "b"]}\n' * 60, r'row 1 holds \["a", "b"\]'),
@@ -387,45 +339,40 @@ INPUTS = {  # name: (file, content, what the one line must say)
 
 
 @pytest.mark.parametrize(("name", "content", "words"), INPUTS.values(), ids=INPUTS)
-def test_bad_input_is_one_line_that_says_what_is_wrong(runs, tmp_path, capsys, name, content, words):
+def test_bad_input_is_one_line_that_says_what_is_wrong(runs, tmp_path, failure, name, content, words):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    capsys.readouterr()
-    assert runs.code(dataset=tmp_path / name, max_samples=None, block_size=64) == 2
-    (line,) = error_lines(capsys)
-    assert zo.re.search(words, line)
+    code, line = failure(runs.code, dataset=tmp_path / name, max_samples=None, block_size=64)
+    assert code == 2
+    assert re.search(words, line)
     assert str(tmp_path / name) in line
     assert not list((runs.folder / "logs").glob("*"))
 
 
 # ---- limits ----------------------------------------------------------------------------------------------------------
 
-FULL = {"journal": (("full_disk_in_journal", 4), 3), "checkpoint": (("full_disk_after", 50_000, 4), 3)}
+FULL = {"journal": ("full_disk_in_journal", 4), "checkpoint": ("full_disk_after", 50_000, 4)}
 
 
-@pytest.mark.parametrize(("fault", "kept"), FULL.values(), ids=FULL)
-def test_a_full_disk_ends_with_4_and_loses_nothing(runs, whole, fault, kept):
+@pytest.mark.parametrize("fault", FULL.values(), ids=FULL)
+def test_a_full_disk_ends_with_4_and_loses_nothing(runs, whole, fault):
     child = runs.start("logs", fault, optimizer="adam", **STEPS)
     assert child.wait() == 4, child.output()
-    (line,) = [line for line in child.output().splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in child.output()
+    (line,) = harness.errors_of(child)
     run = harness.only_run(runs.folder / "logs")
     assert str(run) in line
-    checkpoints = list((run / "checkpoints").glob("step_*"))
-    assert [folder.name for folder in checkpoints] == [f"step_{kept:08d}"]
-    assert zo.folder_fault(checkpoints[0]) is None
-    assert runs.resume(run) == 0
-    assert harness.differences(whole, run) == []
+    (checkpoint,) = (run / "checkpoints").glob("step_*")
+    assert checkpoint.name == "step_00000003"
+    assert zo.folder_fault(checkpoint) is None
+    runs.complete(run, whole)
 
 
 @pytest.mark.parametrize("size", [4_000, 20_000], ids=["tokens", "tokenizer"])
 def test_no_space_for_the_cache_ends_with_4(runs, tmp_path, size):
-    child = runs.start(
-        fault=("limit_file_size", size), cache_dir=tmp_path / "cache", max_samples=3, tokenizer="bpe:1000"
-    )
+    small = {"cache_dir": tmp_path / "cache", "max_samples": 3, "tokenizer": "bpe:1000"}
+    child = runs.start(fault=("limit_file_size", size), **small)
     assert child.wait() == 4, child.output()
-    (line,) = [line for line in child.output().splitlines() if line.startswith("error: ")]
+    (line,) = harness.errors_of(child)
     assert str(tmp_path / "cache") in line
-    assert "Traceback" not in child.output()
     assert not list((tmp_path / "cache").glob("[!.]*"))
 
 
@@ -433,7 +380,7 @@ VANISHING = {"the run": ".", "checkpoints": "checkpoints", "a file in its place"
 
 
 @pytest.mark.parametrize("what", VANISHING)
-def test_a_folder_that_vanishes_ends_with_4(runs, monkeypatch, capsys, what):
+def test_a_folder_that_vanishes_ends_with_4(runs, monkeypatch, failure, what):
     apply = zo.Trainer.apply
 
     def vanishing(self, record):
@@ -445,33 +392,30 @@ def test_a_folder_that_vanishes_ends_with_4(runs, monkeypatch, capsys, what):
         return apply(self, record)
 
     monkeypatch.setattr(zo.Trainer, "apply", vanishing)
-    capsys.readouterr()
-    assert runs.code() == 4
-    (line,) = error_lines(capsys)
+    code, line = failure(runs.code)
+    assert code == 4
     assert str(runs.folder / "logs") in line
 
 
 @pytest.mark.parametrize("flag", ["log_dir", "cache_dir"])
-def test_a_folder_that_can_not_be_written_to_is_refused_at_once(runs, tmp_path, capsys, flag):
+def test_a_folder_that_can_not_be_written_to_is_refused_at_once(runs, tmp_path, failure, flag):
     if os.geteuid():
         tmp_path.joinpath("closed").mkdir(mode=0o500)
     place = tmp_path / "closed" if os.geteuid() else Path("/proc/closed")
-    assert runs.code(**{flag: place}) == 2
-    (line,) = error_lines(capsys)
-    assert line.startswith(f"error: --{flag} {place}: can't be written to")
+    code, line = failure(runs.code, **{flag: place})
+    assert (code, line.split("(")[0]) == (2, f"error: --{flag} {place}: can't be written to ")
 
 
-def test_space_is_checked_at_the_start(runs, monkeypatch, capsys):
+def test_space_is_checked_at_the_start(runs, monkeypatch, failure):
     monkeypatch.setattr(zo.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 1000))
-    capsys.readouterr()
-    assert runs.code() == 4
-    (line,) = error_lines(capsys)
+    code, line = failure(runs.code)
+    assert code == 4
     assert "--keep_checkpoints" in line
     assert not list((runs.folder / "logs").glob("*/checkpoints/step_*"))
 
 
 @pytest.mark.parametrize("what", ["model", "tokenizer", "optimizer"])
-def test_a_save_that_fails_is_never_silent(runs, stopped, monkeypatch, capsys, what):
+def test_a_save_that_fails_is_never_silent(runs, stopped, monkeypatch, failure, what):
     """Whatever kind of error the library that writes it raises."""
 
     def failing(*args, **kwargs):
@@ -483,9 +427,8 @@ def test_a_save_that_fails_is_never_silent(runs, stopped, monkeypatch, capsys, w
     places = {"model": transformers.PreTrainedModel, "tokenizer": transformers.PreTrainedTokenizerFast}
     place, name = (places[what], "save_pretrained") if what in places else (safetensors.torch, "save_file")
     monkeypatch.setattr(place, name, failing)
-    capsys.readouterr()
-    assert runs.resume(stopped, max_steps=8) == 4
-    (line,) = error_lines(capsys)
+    code, line = failure(runs.resume, stopped, max_steps=8)
+    assert code == 4
     assert "No space left" in line
     assert all(zo.folder_fault(folder) is None for folder in (stopped / "checkpoints").glob("step_*"))
 

