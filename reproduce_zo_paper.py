@@ -299,7 +299,7 @@ class Config:
 
     query_budget_q: int = flag(ZO, None, "queries (directions) a step, two forward passes each; with feedback one, "
         "without the output layer. 0 measures nothing: for --direction feedback, --head closed_form, and "
-        "backpropagations alone", least=0, most=2**20, needs="queries", shown="8; 1 with feedback")
+        "backpropagations alone", least=0, most=2**20, needs="queries", shown="8; with feedback 0, 1 with --carry stream or branch")
     epsilon: float = flag(ZO, None, "how far a query moves the weights, in units of z; with feedback, how far it moves "
         "the embedding's output, in units of its root mean square", above=0, most=1e6, needs="measured",
         shown="0.001; 0.003 with bfloat16; 0.1 with feedback")
@@ -307,10 +307,11 @@ class Config:
         "lowrank: A B^T on matrices, fastest when batched. aligned: A Q^T, Q the leading directions of a layer's "
         "inputs. feedback: feedback alignment, the error at the output carried to every block; queries learn its way "
         "to the embedding", choices=lambda: FAMILIES, needs="queries", shown="gaussian; feedback in Instruct")
-    carry: str = flag(ZO, "branch", "what feedback trains in a block. stream: the matrices that write to the residual "
-        "stream, without any autograd. branch: all of a branch (attention, MLP), by torch.autograd on that branch "
-        "alone, nothing across branches. block: by torch.autograd on one block at a time, nothing across blocks; the "
-        "first one's reaches the embedding", choices=lambda: CARRIES, needs="feedback")
+    carry: str = flag(ZO, None, "what feedback trains in a block. block: all of it, by torch.autograd on one block at a "
+        "time, nothing across blocks; the first one's enters the embedding. branch: all of a branch (attention, MLP), by "
+        "torch.autograd on that branch alone. stream: the matrices that write to the residual stream, without any "
+        "autograd. With the last two a query a step learns the way to the embedding", choices=lambda: CARRIES,
+        needs="feedback", shown="block; stream where queries are given")
     head: str = flag(ZO, "estimated", "gradient of the output layer. estimated: by the queries. closed_form: exact for "
         "the output layer (not for a tied embedding's input side), from one forward pass, into an AdamW of its own",
         choices=("estimated", "closed_form"), needs="z")
@@ -410,8 +411,9 @@ class Config:
         """Return the defaults that follow from other flags: the mode's, then the direction family's."""
         mode = MODES.get(self.mode, MODES["ZO"])
         direction = self.direction or mode.defaults.get("direction", "gaussian")
-        own = FAMILIES[direction].defaults(self) if mode.queries and direction in FAMILIES else {}
-        plain = {"query_budget_q": 8, "epsilon": EPSILON.get(self.dtype, 1e-3), "max_decrease": 0.0}
+        carry = self.carry or ("stream" if self.query_budget_q else "block")
+        own = FAMILIES[direction].defaults(carry) if mode.queries and direction in FAMILIES else {}
+        plain = {"query_budget_q": 8, "epsilon": EPSILON.get(self.dtype, 1e-3), "max_decrease": 0.0, "carry": carry}
         defaults = plain | {"optimizer": "sgd", "learning_rate": 1e-3} | own | mode.defaults | {"direction": direction}
         return defaults | {"guided_learning_rate": self.learning_rate or defaults["learning_rate"]}
 
@@ -1601,7 +1603,7 @@ class Gaussian:
     fill = staticmethod(fill_normal)
 
     @staticmethod
-    def defaults(config: Config) -> dict:
+    def defaults(carry: str) -> dict:
         """Return the defaults of flags, where this family wants others."""
         return {}
 
@@ -1685,7 +1687,7 @@ class Aligned(Gaussian):
     passes = 1
 
     @staticmethod
-    def defaults(config: Config) -> dict:
+    def defaults(carry: str) -> dict:
         return {"max_decrease": 0.05}  # its estimates are longer than any fixed rate is good for
 
     def __init__(self, rank: int = 1, bases: dict | None = None, row_scale: dict[int, torch.Tensor] | None = None):
@@ -3004,9 +3006,9 @@ class Feedback(Rule):
     BETA, RIDGE = 0.95, 1e-3
 
     @staticmethod
-    def defaults(config: Config) -> dict:
+    def defaults(carry: str) -> dict:
         """Return the defaults of flags: a query a step, but where the error enters the embedding by itself."""
-        q = 0 if CARRIES[config.carry].enters else 1
+        q = 0 if CARRIES[carry].enters else 1
         return {"query_budget_q": q, "optimizer": "adam", "epsilon": 0.1}
 
     def __init__(self, setting: Setting, group: int):

@@ -22,13 +22,8 @@ ARCHITECTURES = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return zo.wrapped_tokenizer(zo.trained_tokenizer(zo.embedded_passages()[:20], TOKENS))
-
-
 @pytest.fixture
-def saved(tmp_path, tokenizer):
+def saved(tmp_path):
     """Makes a model with its tokenizer in a folder, as transformers saves them."""
 
     def save(architecture: str = "Llama", **options):
@@ -37,7 +32,8 @@ def saved(tmp_path, tokenizer):
             torch.manual_seed(0)
             model = transformers.AutoModelForCausalLM.from_config(kind(**values))
         model.save_pretrained(tmp_path / "model", **options)
-        zo.save_tokenizer(tokenizer, tmp_path / "model")
+        tokenizer = zo.trained_tokenizer(zo.embedded_passages()[:20], TOKENS)
+        zo.save_tokenizer(zo.wrapped_tokenizer(tokenizer), tmp_path / "model")
         return tmp_path / "model"
 
     return save

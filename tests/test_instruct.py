@@ -53,7 +53,6 @@ def test_backpropagations_move_all_and_guided_steps_what_feedback_knows_at_their
 def test_with_no_queries_and_nothing_known_backpropagations_are_alone(runs):
     run = runs.train(**FLAGS | {"direction": "gaussian", "query_budget_q": 0})
     assert [bool(moved(run, step)) for step in range(1, 8)] == [step % INTERVAL == 0 for step in range(1, 8)]
-    assert column(run, "forward_tokens")[:5] == [0, 3 * 32, 4 * 32, 5 * 32, 8 * 32]
     assert column(run, "loss")[3] == pytest.approx(at_checkpoint(run, 2)[0], abs=1e-5)
 
 

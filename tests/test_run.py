@@ -39,10 +39,9 @@ def test_a_run_writes_what_it_says(done):
     names = {path.name for path in done.iterdir() if not path.name.startswith(".")}
     files = "config.json metrics.csv journal.jsonl train.log loss.png checkpoints finished.json corpus.json"
     assert names == set(files.split())
-    kept = {path.name for path in (done / "checkpoints").iterdir()}
-    assert kept - {"best"} == {"step_00000003", "step_00000005"}
-    suffixes = {path.suffix for folder in (done / "checkpoints").iterdir() for path in folder.iterdir()}
-    assert suffixes <= {".safetensors", ".json", ".jinja"}  # no pickle
+    kept = {path.relative_to(done / "checkpoints") for path in (done / "checkpoints").glob("*/*")}
+    assert {str(path.parent) for path in kept} == {"best", "step_00000003", "step_00000005"}
+    assert {path.suffix for path in kept} <= {".safetensors", ".json", ".jinja"}  # no pickle
     assert re.fullmatch(r"zo_tiny_q2_\d{8}_\d{6}", done.name)
     assert (done / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (done / "loss.png").stat().st_size > 10_000
@@ -50,8 +49,7 @@ def test_a_run_writes_what_it_says(done):
     assert set(about["flags"]) == set(zo.FIELDS)
     assert (about["flags"]["learning_rate"], about["flags"]["weight_decay"]) == (1e-4, 0.01)
     assert about["versions"]["torch"] == torch.__version__
-    assert {"python", "transformers", "numpy"} <= set(about["versions"])
-    assert "git_commit" in about
+    assert {"python", "transformers", "numpy", "git_commit"} <= about["versions"].keys() | about.keys()
 
 
 def test_metrics_have_a_row_per_logged_step_and_agree_with_the_journal(done):
@@ -65,8 +63,7 @@ def test_metrics_have_a_row_per_logged_step_and_agree_with_the_journal(done):
     assert column(done, "forward_tokens") == [0, 2 * 128, 4 * 128, 5 * 128]
     assert column(done, "seconds") == sorted(column(done, "seconds"))
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
-    for row in rows[1:]:
-        line = lines[int(row["step"]) - 1]
+    for row, line in zip(rows[1:], (lines[1], lines[3], lines[4])):
         c = np.array(line["projected_grads"])
         assert float(row["loss"]) == pytest.approx(line["loss"], abs=1e-6)
         assert float(row["projected_grad_mean"]) == pytest.approx(c.mean(), rel=1e-5)
@@ -86,7 +83,8 @@ def test_bits_per_byte_are_of_the_validation_text(done):
     assert column(done, "val_bits_per_byte") == pytest.approx(expected, abs=2e-6)
 
 
-INSTRUCT = {"mode": "Instruct", "bp_interval": 2}
+INSTRUCT, STREAM = {"mode": "Instruct", "bp_interval": 2}, {"direction": "feedback", "carry": "stream"}
+SCHEDULE = {"use_lr_scheduler": True, "warmup_steps": 1}
 
 
 def test_every_forward_token_is_counted(runs, monkeypatch):
@@ -117,7 +115,6 @@ def test_the_log_says_what_a_run_is_and_what_came_of_it(done):
     assert "warning" not in log_of(done)
 
 
-STREAM, SCHEDULE = {"direction": "feedback", "carry": "stream"}, {"use_lr_scheduler": True, "warmup_steps": 1}
 SAYS = {  # whether all of the scope moves
     "mode ZO, directions gaussian; sgd at 10, constant rate": ({"learning_rate": 10.0}, True),
     "mode FO; adam at 0.0001, constant rate": ({"mode": "FO", "optimizer": "adam"}, True),
@@ -196,8 +193,7 @@ def test_models_have_the_size_of_their_name(monkeypatch):
 def test_the_schedule_warms_up_and_ends_at_min_lr_exactly(runs, flags):
     rates = {"learning_rate": 1e-3, "min_lr": 3e-5, "use_lr_scheduler": True, "warmup_steps": 2}
     said = [line["learning_rate"] for line in harness.journal(runs.train(max_steps=6, **rates, **flags))]
-    assert said[:2] == [5e-4, 1e-3]
-    assert said[-1] == pytest.approx(3e-5, rel=1e-12)
+    assert said[:2] + said[-1:] == pytest.approx([5e-4, 1e-3, 3e-5], rel=1e-12)
     assert said[2:] == sorted(said[2:], reverse=True)
     assert said[4] > 2e-4
 
@@ -213,11 +209,6 @@ def test_a_backpropagations_gradient_is_clipped_to_its_norm(runs, limit):
     assert length == pytest.approx(0.1 * (limit or norm), rel=1e-4)
 
 
-def gain(run) -> float:
-    """How far the validation loss fell."""
-    return column(run, "val_loss")[0] - column(run, "val_loss")[-1]
-
-
 LEARNING = {"max_steps": 40, "eval_interval": 1000, "eval_samples": 32, "save_interval": 1000, "block_size": 32}
 MANY = LEARNING | {"query_budget_q": 16, "parallel_q_computation": True, "parallel_batch_size": 16, "batch_size": 4}
 MANY |= {"mode": "ZO", "optimizer": "adam", "direction": "lowrank", "learning_rate": 1e-2}
@@ -225,6 +216,7 @@ MANY |= {"mode": "ZO", "optimizer": "adam", "direction": "lowrank", "learning_ra
 
 def test_backpropagation_and_zeroth_order_learn_and_wrong_scalars_do_not(runs, monkeypatch):
     """Many queries on a small model; the control: the same steps along directions whose scalars have a random sign."""
+    gain = lambda run: column(run, "val_loss")[0] - column(run, "val_loss")[-1]  # noqa: E731
     assert gain(runs.train("FO", mode="FO", optimizer="adam", learning_rate=1e-2, batch_size=8, **LEARNING)) > 0.8
     assert gain(runs.train("right", **MANY)) > 0.1
     honest, signs = zo.projected_gradients, np.random.default_rng(0)
