@@ -299,7 +299,8 @@ class Config:
 
     query_budget_q: int = flag(ZO, None, "queries (directions) a step, two forward passes each; with feedback one, "
         "without the output layer. 0 measures nothing: for --direction feedback, --head closed_form, and "
-        "backpropagations alone", least=0, most=2**20, needs="queries", shown="8; with feedback 0, 1 with --carry stream or branch")
+        "backpropagations alone", least=0, most=2**20, needs="queries",
+        shown="8; with feedback 0, 1 with --carry stream or branch")
     epsilon: float = flag(ZO, None, "how far a query moves the weights, in units of z; with feedback, how far it moves "
         "the embedding's output, in units of its root mean square", above=0, most=1e6, needs="measured",
         shown="0.001; 0.003 with bfloat16; 0.1 with feedback")
@@ -307,10 +308,10 @@ class Config:
         "lowrank: A B^T on matrices, fastest when batched. aligned: A Q^T, Q the leading directions of a layer's "
         "inputs. feedback: feedback alignment, the error at the output carried to every block; queries learn its way "
         "to the embedding", choices=lambda: FAMILIES, needs="queries", shown="gaussian; feedback in Instruct")
-    carry: str = flag(ZO, None, "what feedback trains in a block. block: all of it, by torch.autograd on one block at a "
-        "time, nothing across blocks; the first one's enters the embedding. branch: all of a branch (attention, MLP), by "
-        "torch.autograd on that branch alone. stream: the matrices that write to the residual stream, without any "
-        "autograd. With the last two a query a step learns the way to the embedding", choices=lambda: CARRIES,
+    carry: str = flag(ZO, None, "what feedback trains in a block. block: all of it, by torch.autograd on one block at "
+        "a time, nothing across blocks; the first one's enters the embedding. branch: all of a branch (attention, "
+        "MLP), by torch.autograd on that branch alone. stream: the matrices that write to the residual stream, without "
+        "any autograd. With the last two a query a step learns the way to the embedding", choices=lambda: CARRIES,
         needs="feedback", shown="block; stream where queries are given")
     head: str = flag(ZO, "estimated", "gradient of the output layer. estimated: by the queries. closed_form: exact for "
         "the output layer (not for a tied embedding's input side), from one forward pass, into an AdamW of its own",

@@ -1,6 +1,6 @@
 """Attacks on a run, as lists: kills, corrupted files, bad input, full disks, code that must never be executed.
 
-python tests/test_attacks.py        tries all of them, the slow ones too, and says how many there were and how many survived
+`python tests/test_attacks.py` tries all, also the slow ones, and says how many were survived.
 """
 
 import collections

@@ -159,7 +159,7 @@ def test_blocks_that_norm_what_a_branch_gives_are_refused_by_branch_and_trained_
     model = model_of("olmo2")
     assert all(gradient.any() for gradient in step_of(rule_of(model, workers, carry="block"), 0)[1].values())
     with pytest.raises(zo.UsageError, match="block"):
-        step_of(rule_of(model, workers), 0)
+        step_of(rule_of(model, workers, carry="branch"), 0)
 
 
 class Linear(torch.nn.Linear):
