@@ -4648,6 +4648,8 @@ def opening_lines(job: Job, trainer: Trainer) -> list[str]:
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     rule = f"{config.mode}" + f", directions {config.direction}" * config.kind.queries
     rate = f"{config.optimizer} at {config.learning_rate:g}"
+    if config.kind.interval:
+        rate += f", between backpropagations (every {config.bp_interval} steps) at {config.guided_learning_rate:g}"
     curve = (
         f"warm-up {config.warmup_steps}, cosine to {config.min_lr:g}" if config.use_lr_scheduler else "constant rate"
     )
