@@ -453,6 +453,7 @@ class Config:
         default = dataclasses.asdict(Config(**chosen, learning_rate=self.learning_rate))
         default |= {"mode": "ZO", "dtype": "float32", "direction": self.kind.defaults.get("direction", "gaussian")}
         default["learning_rate"] = Config(**chosen).learning_rate
+        default["carry"] = Config(**chosen, query_budget_q=self.query_budget_q).carry
         shaping = [f.name for f in FIELDS.values() if not {"free", "action"} & f.metadata.keys() or f.name in also]
         return {name: getattr(self, name) for name in shaping if getattr(self, name) != default[name]}
 
@@ -4824,6 +4825,10 @@ class Account:
         log.info(f"wrote {run.path / 'metrics.csv'}" + (f", {picture}" if picture else "") + f", {checkpoint}{kept}")
         if config.export_dir:
             chosen, of = (best_folder, best) if config.export_best and best_folder.exists() else (checkpoint, row)
+            if config.export_best and chosen is checkpoint:
+                log.warning(
+                    "--export_best: no step has a lower validation loss than the start; the last one is exported"
+                )
             log.info(f"wrote {run.export(chosen, model_card(run, of, self._facts(trainer)))}")
         values = {
             name: float(value) if "." in value or "e" in value else int(value) for name, value in row.items() if value

@@ -147,7 +147,6 @@ REFUSED = r"""
     --block_size 4096 -> --block_size 4096: .*2048
     --mode Instruct -> --bp_interval: --mode Instruct needs it
     --use_lr_scheduler --warmup_steps 10 --max_steps 10 -> --warmup_steps 10: as long as the run of 10 steps
-    --use_lr_scheduler --min_lr 1 --learning_rate 0.1 -> --min_lr 1:
     --learning_rate -1 --min_lr 1 --use_lr_scheduler -> --learning_rate -1: must be above 0
     --query_data distinct --batch_size 4 --query_budget_q 3 -> --query_data distinct: --batch_size 4.*--query_budget_q 3
     --direction aligned --optimizer mudamw -> --optimizer mudamw: not for --direction aligned

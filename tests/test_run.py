@@ -119,7 +119,7 @@ SAYS = {  # whether all of the scope moves
     "mode ZO, directions gaussian; sgd at 10, constant rate": ({"learning_rate": 10.0}, True),
     "mode FO; adam at 0.0001, constant rate": ({"mode": "FO", "optimizer": "adam"}, True),
     "gaussian; sgd at 0.0001, warm-up 1, cosine to 5e-05": (SCHEDULE | {"min_lr": 5e-5}, True),
-    "mode ZO, directions feedback; sgd at 0.01": ({"direction": "feedback", "learning_rate": 0.01}, True),
+    "mode ZO, directions feedback; sgd at 0.01": (STREAM | {"carry": "branch", "learning_rate": 0.01}, True),
     "mode ZO, directions feedback; sgd at 0.0001": (STREAM, False),
     "mode Instruct, directions feedback; adam": (STREAM | INSTRUCT | {"optimizer": "adam"}, True),
 }

@@ -41,7 +41,7 @@ def test_an_exported_model_gives_the_same_logits_and_tells_its_run(runs, errors,
 
 DEFAULTS = {
     "mode": {"mode": "FO", "optimizer": "adam"},
-    "direction": {"direction": "feedback", "query_budget_q": 1, "optimizer": "adam", "epsilon": 0.1},
+    "direction query_budget_q": {"direction": "feedback", "query_budget_q": 1, "optimizer": "adam", "epsilon": 0.1},
     "mode bp_interval": {"mode": "Calibrate", "bp_interval": 2, "query_budget_q": 8, "optimizer": "mudamw"},
     "rank seed direction query_budget_q": {"direction": "lowrank", "rank": 2, "seed": 3},
 }
