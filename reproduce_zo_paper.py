@@ -448,14 +448,16 @@ class Config:
         return Path(self.cache_dir) if self.cache_dir else home / "reproduce_zo_paper"
 
     def changed(self, *also: str) -> dict:
-        """Return the flags that shape the result (and those of `also`) and differ from their defaults, by name."""
+        """Return the flags that shape the result (and those of `also`), have an effect and differ from their defaults."""
         chosen = {"mode": self.mode, "direction": self.direction if self.kind.queries else None, "dtype": self.dtype}
         default = dataclasses.asdict(Config(**chosen, learning_rate=self.learning_rate))
         default |= {"mode": "ZO", "dtype": "float32", "direction": self.kind.defaults.get("direction", "gaussian")}
         default["learning_rate"] = Config(**chosen).learning_rate
         default["carry"] = Config(**chosen, query_budget_q=self.query_budget_q).carry
         shaping = [f.name for f in FIELDS.values() if not {"free", "action"} & f.metadata.keys() or f.name in also]
-        return {name: getattr(self, name) for name in shaping if getattr(self, name) != default[name]}
+        needs = {name: NEEDS.get(FIELDS[name].metadata.get("needs"), (bool,))[0] for name in shaping}
+        used = [name for name in shaping if needs[name](self)]
+        return {name: getattr(self, name) for name in used if getattr(self, name) != default[name]}
 
     @property
     def identity(self) -> str:
