@@ -448,7 +448,7 @@ class Config:
         return Path(self.cache_dir) if self.cache_dir else home / "reproduce_zo_paper"
 
     def changed(self, *also: str) -> dict:
-        """Return the flags that shape the result (and those of `also`), have an effect and differ from their defaults."""
+        """Return the flags that shape the result (and those of `also`), have an effect and aren't defaults."""
         chosen = {"mode": self.mode, "direction": self.direction if self.kind.queries else None, "dtype": self.dtype}
         default = dataclasses.asdict(Config(**chosen, learning_rate=self.learning_rate))
         default |= {"mode": "ZO", "dtype": "float32", "direction": self.kind.defaults.get("direction", "gaussian")}
