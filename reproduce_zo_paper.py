@@ -3390,7 +3390,7 @@ def documents(source: Source, empty: Callable[[], None] = lambda: None) -> Itera
 
     def filled() -> Iterator[str]:
         for text in texts:
-            if text.strip():
+            if text and not text.isspace():
                 yield text
             else:
                 empty()
