@@ -130,7 +130,7 @@ def machines(size: str, count: int = 64, q: int = 4096) -> None:
         call()
         return time.perf_counter() - began
 
-    with benchmark.bench(benchmark.sized_model(size), 4, 128) as b:
+    with benchmark.Bench(benchmark.sized_model(size), 4, 128) as b:
         outs = [tensor.matrix for tensor in b.tensors]
 
         def measuring(queries: zo.Queries, group: int) -> float:
