@@ -39,7 +39,6 @@ import difflib
 import functools
 import gzip
 import hashlib
-import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -48,6 +47,7 @@ import json
 import logging
 import lzma
 import math
+import operator
 import os
 import platform
 import re
@@ -99,27 +99,19 @@ class RunError(Exception):
     exit_code = 1
 
 
-class UsageError(RunError):
-    """Flags or input that can't be used."""
-
+class UsageError(RunError):  # flags or input that can't be used
     exit_code = 2
 
 
-class NonFiniteError(RunError):
-    """A loss, gradient or weight that is not finite; nothing was updated with it."""
-
+class NonFiniteError(RunError):  # a loss, gradient or weight that is not finite; nothing was updated with it
     exit_code = 3
 
 
-class StorageError(RunError):
-    """A file or folder that can't be written."""
-
+class StorageError(RunError):  # a file or folder that can't be written
     exit_code = 4
 
 
-class RankError(RunError):
-    """Another process of this run is gone, silent, or has other weights; a run that has begun can be resumed."""
-
+class RankError(RunError):  # another rank is gone, silent, or has other weights; a run that has begun can be resumed
     exit_code = 5
 
 
@@ -131,40 +123,37 @@ class Interrupted(Exception):
 # │ Configuration                                                                                                    │
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
+EMBEDDED_SAMPLES, HUB_SAMPLES = 500, 10_000  # documents of a first run
+
 
 class HubData(NamedTuple):
-    """Where a named data set is on the Hugging Face hub, and how many documents of it a first run needs."""
+    """Where a data set is on the Hugging Face hub, and how many documents of it a first run needs."""
 
     path: str
-    config: str | None
-    recommended_samples: int
+    config: str | None = None
+    samples: int = HUB_SAMPLES
 
 
 HUB_DATASETS = {
-    "cosmopedia-100k": HubData("HuggingFaceTB/cosmopedia-100k", None, 10_000),
-    "cosmopedia": HubData("HuggingFaceTB/cosmopedia", "web_samples_v2", 10_000),
+    "cosmopedia-100k": HubData("HuggingFaceTB/cosmopedia-100k"),
+    "cosmopedia": HubData("HuggingFaceTB/cosmopedia", "web_samples_v2"),
     "wikitext-103": HubData("Salesforce/wikitext", "wikitext-103-raw-v1", 50_000),
     "tinystories": HubData("roneneldan/TinyStories", None, 50_000),
-    "c4": HubData("allenai/c4", "en", 10_000),
-    "openwebtext": HubData("Skylion007/openwebtext", None, 10_000),
-    "fineweb": HubData("HuggingFaceFW/fineweb", "default", 10_000),
-    "fineweb-edu": HubData("HuggingFaceFW/fineweb-edu", "default", 10_000),
-    "fineweb-edu-10bt": HubData("HuggingFaceFW/fineweb-edu", "sample-10BT", 10_000),
-    "pile-subset": HubData("NeelNanda/pile-10k", None, 10_000),
+    "c4": HubData("allenai/c4", "en"),
+    "openwebtext": HubData("Skylion007/openwebtext"),
+    "fineweb": HubData("HuggingFaceFW/fineweb", "default"),
+    "fineweb-edu": HubData("HuggingFaceFW/fineweb-edu", "default"),
+    "fineweb-edu-10bt": HubData("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+    "pile-subset": HubData("NeelNanda/pile-10k"),
 }
-EMBEDDED_SAMPLES, HUB_SAMPLES = 500, 10_000
 LOCAL_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 COMPRESSIONS = (".gz", ".bz2", ".xz")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-OLD_HUB_NAMES = {
-    "gpt2": "openai-community/gpt2",
-    "distilgpt2": "distilbert/distilgpt2",
-    "opt-125m": "facebook/opt-125m",
-}
+OLD_HUB_NAMES = {n.split("/")[1]: n for n in ("openai-community/gpt2", "distilbert/distilgpt2", "facebook/opt-125m")}
 
 
 class Source(NamedTuple):
-    """Where documents come from; `flag` is the one that names it, `max_samples` the one that limits it."""
+    """Where documents come from; `flag` is the one that names it, `samples_flag` the one that limits it."""
 
     flag: str
     samples_flag: str
@@ -177,13 +166,11 @@ class Source(NamedTuple):
     @property
     def hub(self) -> HubData | None:
         """The place on the hub, or None for the embedded text and local files."""
-        named = HUB_DATASETS.get(self.name)
-        if named is None and (self.name == "embedded" or Path(self.name).exists() or local_format(Path(self.name))):
+        local = self.name == "embedded" or Path(self.name).exists() or local_format(Path(self.name))
+        if self.name not in HUB_DATASETS and (local or not HUB_ID.fullmatch(self.name)):
             return None
-        if named is None and not HUB_ID.fullmatch(self.name):
-            return None
-        path, configuration, samples = named or HubData(self.name, None, HUB_SAMPLES)
-        return HubData(path, self.configuration or configuration, samples)
+        place = HUB_DATASETS.get(self.name, HubData(self.name))
+        return place._replace(config=self.configuration or place.config)
 
     @property
     def samples(self) -> int:
@@ -192,7 +179,7 @@ class Source(NamedTuple):
             return self.max_samples
         if self.name == "embedded":
             return EMBEDDED_SAMPLES
-        return self.hub.recommended_samples if self.hub else sys.maxsize
+        return self.hub.samples if self.hub else sys.maxsize
 
 
 class Size(NamedTuple):
@@ -202,40 +189,36 @@ class Size(NamedTuple):
     layers: int
     heads: int
     intermediate: int
-    tokenizer: str
+    tokenizer: str = "gpt2"
 
 
 MODEL_SIZES = {
     "tiny": Size(160, 4, 5, 448, "bpe:4096"),  # about 2M with its own tokenizer
-    "20M": Size(256, 8, 8, 768, "gpt2"),
-    "200M": Size(1024, 12, 16, 2688, "gpt2"),
-    "500M": Size(1280, 22, 20, 3456, "gpt2"),
-    "1B": Size(2048, 18, 16, 5504, "gpt2"),
+    "20M": Size(256, 8, 8, 768),
+    "200M": Size(1024, 12, 16, 2688),
+    "500M": Size(1280, 22, 20, 3456),
+    "1B": Size(2048, 18, 16, 5504),
 }
 MAX_POSITIONS = 2048
 
 
 class Mode(NamedTuple):
-    """What the steps of a mode are: `always` backpropagation, or `queries`; in between, `guided` by the last
-    gradient.
-    """
+    """A mode's steps: `always` backpropagation, or `queries`, `guided` by the last gradient of every `interval`."""
 
-    always: bool
-    queries: bool
-    interval: bool
-    guided: bool
     defaults: dict
+    always: bool = False
+    queries: bool = True
+    interval: bool = False
+    guided: bool = False
 
 
 # Backpropagations of Instruct and Calibrate are the same, so that only what happens between them differs.
 MUON = {"optimizer": "mudamw", "learning_rate": 3e-3}
 MODES = {
-    "FO": Mode(always=True, queries=False, interval=False, guided=False, defaults={"optimizer": "adam"}),
-    "ZO": Mode(always=False, queries=True, interval=False, guided=False, defaults={}),
-    "Instruct": Mode(
-        always=False, queries=True, interval=True, guided=True, defaults={"direction": "feedback", **MUON}
-    ),
-    "Calibrate": Mode(always=False, queries=True, interval=True, guided=False, defaults=MUON),
+    "FO": Mode({"optimizer": "adam"}, always=True, queries=False),
+    "ZO": Mode({}),
+    "Instruct": Mode({"direction": "feedback", **MUON}, interval=True, guided=True),
+    "Calibrate": Mode(MUON, interval=True),
 }
 OPTIMIZERS = ("sgd", "adam", "mudamw")
 # By the error of c over epsilon (docs/benchmarks.md): rounding (1/epsilon) against bias (epsilon^2).
@@ -245,162 +228,157 @@ EPSILON = {"float32": 1e-3, "bfloat16": 3e-3}
 def flag(group: str, default, help: str, **about) -> dataclasses.Field:
     """Return a field of Config: its group and text in --help, and what holds for its values.
 
-    choices, least, most and words limit it; needs names a condition of NEEDS under which it has an effect; free marks
-    what may change on a resume; shown is the default in words, where it follows from other flags (`Config.derived`).
+    choices, least, most, above, below and words limit it; needs names a condition of NEEDS under which it has an
+    effect; free marks what may change on a resume, action what is no flag of a run; shown is the default in words,
+    where it follows from other flags (`Config.derived`).
     """
     return dataclasses.field(default=default, metadata={"group": group, "help": help, **about})
 
 
-RUN, MODEL, DATA, ZO, INSTRUCT = "Run", "Model", "Data", "Zeroth order", "Instruct and Calibrate"
-OPTIM, LAYERS, EVAL, KEEP, SYSTEM = "Optimization", "Layerwise", "Evaluation", "Checkpoints and actions", "System"
+GROUPS = ("Run", "Model", "Data", "Zeroth order", "Instruct and Calibrate", "Optimization", "Layerwise", "Evaluation")
+GROUPS += ("Checkpoints and actions", "System")
+RUN, MODEL, DATA, ZO, BP, OPTIM, LAYERS, EVAL, KEEP, SYSTEM = (functools.partial(flag, group) for group in GROUPS)
 
 
 # fmt: off
 @dataclass(frozen=True)
 class Config:
-    """Every flag of a run. A field's name is the flag's, the metrics column's and config.json's. Made in code, it has
-    the derived defaults of the command line.
+    """Every flag of a run: a field's name is the flag's and config.json's. Made in code, it has the derived defaults
+    of the command line.
     """
 
-    mode: str = flag(RUN, "ZO", "FO: backpropagation. ZO: forward passes alone. Instruct: a backpropagation every "
-        "bp_interval steps, and forward passes that it guides between. Calibrate: the same backpropagations, and "
-        "unguided ZO between", choices=MODES)
-    run_name: str | None = flag(RUN, None, "first part of the run directory's name (default: from mode and size)",
-        free=True)
-    log_dir: str = flag(RUN, "logs", "folder that run directories are made in", free=True)
-    seed: int = flag(RUN, 0, "initial weights, directions and data order are functions of it", least=0, most=2**63 - 1)
-    log_interval: int = flag(RUN, 10, "steps between rows of metrics.csv and progress lines", least=1, free=True)
-    dry_run: bool = flag(RUN, False, "two steps, a validation, a checkpoint written and read back; prints what the "
-        "whole run would take and keeps nothing", free=True)
-    debug: bool = flag(RUN, False, "show the traceback of an error", free=True)
+    mode: str = RUN("ZO", "FO: backpropagation. ZO: forward passes alone. Instruct: a backpropagation every "
+        "bp_interval steps, and forward passes that it guides between. Calibrate: the same, with unguided ZO between",
+        choices=MODES)
+    run_name: str | None = RUN(None, "first part of the run directory's name (default: of mode and size)", free=True)
+    log_dir: str = RUN("logs", "folder that run directories are made in", free=True)
+    seed: int = RUN(0, "initial weights, directions and data order are functions of it", least=0, most=2**63 - 1)
+    log_interval: int = RUN(10, "steps between rows of metrics.csv and progress lines", least=1, free=True)
+    dry_run: bool = RUN(False, "two steps, a validation, a checkpoint written and read back; prints what the whole run "
+        "would take and keeps nothing", free=True)
+    debug: bool = RUN(False, "show the traceback of an error", free=True)
 
-    model_size: str = flag(MODEL, "tiny", "Llama built from scratch, by parameter count", choices=MODEL_SIZES,
+    model_size: str = MODEL("tiny", "Llama built from scratch, by parameter count", choices=MODEL_SIZES,
         needs="a new model")
-    init_from: str | None = flag(MODEL, None, "start from a causal language model of transformers, with its tokenizer: "
-        "a folder or hub id, safetensors only")
-    scope: str = flag(MODEL, "full", "what is trained: full, head (with it a tied embedding), norms, embedding (what "
-        "is in no block), blocks:I-J (from 0), reduced (last MLP, its norm, final norm, head), or layerwise: the "
-        "embedding, then each block on its own")
+    init_from: str | None = MODEL(None, "start from a causal language model of transformers, with its tokenizer: a "
+        "folder or hub id, safetensors only")
+    scope: str = MODEL("full", "what is trained: full, head (with it a tied embedding), norms, embedding (what is in "
+        "no block), blocks:I-J (from 0), reduced (last MLP, its norm, final norm, head), or layerwise: the embedding, "
+        "then each block on its own")
 
-    dataset: str = flag(DATA, "embedded",
-        "embedded (US annual messages), a .txt .jsonl .json .csv or .parquet file (also .gz .bz2 .xz) or a folder of "
-        "them, a hub id, or " + ", ".join(HUB_DATASETS))
-    text_column: str = flag(DATA, "text", "column of the documents, in anything but plain text", needs="columns")
-    dataset_config: str | None = flag(DATA, None, "configuration of a hub set (default: its own)", needs="hub")
-    dataset_split: str = flag(DATA, "train", "split of a hub set that documents are taken from", needs="hub")
-    max_samples: int | None = flag(DATA, None,
+    dataset: str = DATA("embedded", "embedded (US annual messages), a .txt .jsonl .json .csv or .parquet file (also "
+        ".gz .bz2 .xz) or a folder of them, a hub id, or " + ", ".join(HUB_DATASETS))
+    text_column: str = DATA("text", "column of the documents, in anything but plain text", needs="columns")
+    dataset_config: str | None = DATA(None, "configuration of a hub set (default: its own)", needs="hub")
+    dataset_split: str = DATA("train", "split of a hub set that documents are taken from", needs="hub")
+    max_samples: int | None = DATA(None,
         f"documents used (default: {EMBEDDED_SAMPLES} embedded, else what the set recommends)", least=1)
-    batch_size: int = flag(DATA, 4, "sequences in a step's batch", least=1, most=2**20)
-    block_size: int = flag(DATA, 128, "tokens in a sequence", least=2, most=2**20)
-    tokenizer: str | None = flag(DATA, None, "gpt2, bpe:N (trained on the data, N tokens), or a folder or hub id "
-        "(default: bpe:4096 for tiny, else gpt2; with --init_from the model's)")
-    offline: bool = flag(DATA, False, "never ask the hub: its names are looked up in the local cache alone", free=True)
-    cache_dir: str | None = flag(DATA, None, "where tokens are kept (default: ~/.cache/reproduce_zo_paper)", free=True)
+    batch_size: int = DATA(4, "sequences in a step's batch", least=1, most=2**20)
+    block_size: int = DATA(128, "tokens in a sequence", least=2, most=2**20)
+    tokenizer: str | None = DATA(None, "gpt2, bpe:N (trained on the data, N tokens), or a folder or hub id (default: "
+        "bpe:4096 for tiny, else gpt2; with --init_from the model's)")
+    offline: bool = DATA(False, "never ask the hub: look its names up in the local cache alone", free=True)
+    cache_dir: str | None = DATA(None, "where tokens are kept (default: ~/.cache/reproduce_zo_paper)", free=True)
 
-    query_budget_q: int = flag(ZO, None, "queries (directions) a step, two forward passes each; with feedback one, "
-        "without the output layer. 0 measures nothing: for --direction feedback, --head closed_form, and "
-        "backpropagations alone", least=0, most=2**20, needs="queries",
-        shown="8; with feedback 0, 1 with --carry stream or branch")
-    epsilon: float = flag(ZO, None, "how far a query moves the weights, in units of z; with feedback, how far it moves "
-        "the embedding's output, in units of its root mean square", above=0, most=1e6, needs="measured",
+    query_budget_q: int = ZO(None, "queries (directions) a step, two forward passes each; with feedback one, without "
+        "the output layer. 0: none, for --direction feedback, --head closed_form, and backpropagations alone",
+        least=0, most=2**20, needs="queries", shown="8; with feedback 0, 1 with --carry stream or branch")
+    epsilon: float = ZO(None, "how far a query moves the weights, in units of z; with feedback the embedding's output, "
+        "in units of its root mean square", above=0, most=1e6, needs="measured",
         shown="0.001; 0.003 with bfloat16; 0.1 with feedback")
-    direction: str = flag(ZO, None, "family of directions. gaussian: standard ZO, the paper's. rademacher: +-1. "
-        "lowrank: A B^T on matrices, fastest when batched. aligned: A Q^T, Q the leading directions of a layer's "
-        "inputs. feedback: feedback alignment, the error at the output carried to every block; queries learn its way "
-        "to the embedding", choices=lambda: FAMILIES, needs="queries", shown="gaussian; feedback in Instruct")
-    carry: str = flag(ZO, None, "what feedback trains in a block. block: all of it, by torch.autograd on one block at "
-        "a time, nothing across blocks; the first one's enters the embedding. branch: all of a branch (attention, "
-        "MLP), by torch.autograd on that branch alone. stream: the matrices that write to the residual stream, without "
-        "any autograd. With the last two a query a step learns the way to the embedding", choices=lambda: CARRIES,
+    direction: str = ZO(None, "family of directions. gaussian: standard ZO, the paper's. rademacher: +-1. lowrank: "
+        "A B^T on matrices, fastest when batched. aligned: A Q^T, Q the leading directions of a layer's inputs. "
+        "feedback: feedback alignment, the error at the output carried to every block; queries learn its way to the "
+        "embedding", choices=lambda: FAMILIES, needs="queries", shown="gaussian; feedback in Instruct")
+    carry: str = ZO(None, "what feedback trains in a block. block: all of it, by torch.autograd on one block at a "
+        "time, nothing across blocks; the first's enters the embedding. branch: all of a branch (attention, MLP), by "
+        "torch.autograd on that branch alone. stream: the matrices that write to the residual stream, without any "
+        "autograd. With the last two a query a step learns the way to the embedding", choices=lambda: CARRIES,
         needs="feedback", shown="block; stream where queries are given")
-    head: str = flag(ZO, "estimated", "gradient of the output layer. estimated: by the queries. closed_form: exact for "
-        "the output layer (not for a tied embedding's input side), from one forward pass, into an AdamW of its own",
+    head: str = ZO("estimated", "gradient of the output layer. estimated: by the queries. closed_form: exact (not for "
+        "a tied embedding's input side), from one forward pass, into an AdamW of its own",
         choices=("estimated", "closed_form"), needs="z")
-    rank: int = flag(ZO, 1, "rank r of --direction lowrank or aligned", least=1, most=2**16, needs="ranked")
-    query_data: str = flag(ZO, "shared", "shared: all queries see the step's batch. distinct: each query sees its own "
-        "share of the rows", choices=("shared", "distinct"), needs="measured z")
-    parallel_q_computation: bool = flag(ZO, False, "evaluate several queries in one forward pass", needs="measured")
-    parallel_batch_size: int | str = flag(ZO, 4, "queries in one forward pass, or auto: as many as memory holds",
-        least=1, most=2**20, words=("auto",), free=True, needs="parallel")
-    on_nonfinite: str = flag(ZO, "stop", "a query whose loss is not finite: stop, or skip it (stops when most of a "
-        "step's queries are gone)", choices=("stop", "skip"), free=True, needs="measured z")
+    rank: int = ZO(1, "rank r of --direction lowrank or aligned", least=1, most=2**16, needs="ranked")
+    query_data: str = ZO("shared", "shared: all queries see the step's batch. distinct: each its own share of the rows",
+        choices=("shared", "distinct"), needs="measured z")
+    parallel_q_computation: bool = ZO(False, "evaluate several queries in one forward pass", needs="measured")
+    parallel_batch_size: int | str = ZO(4, "queries in one forward pass, or auto: as many as memory holds", least=1,
+        most=2**20, words=("auto",), free=True, needs="parallel")
+    on_nonfinite: str = ZO("stop", "a query whose loss is not finite: stop, or skip it (stops when most of a step's "
+        "queries are gone)", choices=("stop", "skip"), free=True, needs="measured z")
 
-    bp_interval: int | None = flag(INSTRUCT, None, "steps from one backpropagation to the next", least=1,
+    bp_interval: int | None = BP(None, "steps from one backpropagation to the next", least=1, needs="interval")
+    bp_dataset: str | None = BP(None, "text of the backpropagations, as --dataset (default: that one)",
         needs="interval")
-    bp_dataset: str | None = flag(INSTRUCT, None, "text of the backpropagations, as --dataset (default: that of the "
-        "queries)", needs="interval")
-    bp_max_samples: int | None = flag(INSTRUCT, None, "documents of bp_dataset used (default: as max_samples)", least=1,
+    bp_max_samples: int | None = BP(None, "documents of bp_dataset used (default: as max_samples)", least=1,
         needs="bp_dataset")
-    guide_cosine: float = flag(INSTRUCT, 0.5, "cosine of Instruct's directions to the last true gradient", above=0,
-        below=1, needs="bent")
+    guide_cosine: float = BP(0.5, "cosine of Instruct's directions to the last true gradient", above=0, below=1,
+        needs="bent")
 
-    optimizer: str = flag(OPTIM, None, "sgd (no state), adam (AdamW), or mudamw (Muon on hidden matrices, AdamW "
-        "elsewhere)", choices=OPTIMIZERS,
-        shown="sgd in ZO; adam in FO and with feedback; mudamw in Instruct and Calibrate")
-    learning_rate: float = flag(OPTIM, None, "step size (peak, with a scheduler)", above=0, most=1e6,
+    optimizer: str = OPTIM(None, "sgd (no state), adam (AdamW), or mudamw (Muon on hidden matrices, AdamW elsewhere)",
+        choices=OPTIMIZERS, shown="sgd in ZO; adam in FO and with feedback; mudamw in Instruct and Calibrate")
+    learning_rate: float = OPTIM(None, "step size (peak, with a scheduler)", above=0, most=1e6,
         shown="0.001; 0.003 in Instruct and Calibrate")
-    head_learning_rate: float = flag(OPTIM, 3e-3, "step size of --head closed_form, on the same schedule", above=0,
-        most=1e6, needs="closed_form")
-    guided_learning_rate: float = flag(OPTIM, None, "step size between the backpropagations of Instruct and Calibrate, "
-        "on the same schedule", above=0, most=1e6, needs="interval", shown="learning_rate")
-    clip_grad_norm: float = flag(OPTIM, 1.0, "largest norm of a backpropagation's gradient (0: no limit)", least=0,
-        most=1e6, needs="backward")
-    max_decrease: float = flag(OPTIM, None, "most nats that a step of sgd on queries may promise, rate times mean "
-        "square of the projected gradients; the rate is lowered to it (0: no limit)", least=0, most=1e6,
-        needs="sgd queries", shown="0; 0.05 with aligned")
-    epochs: int = flag(OPTIM, 1, "passes over the training tokens", least=1, free=True, needs="flat")
-    max_steps: int | None = flag(OPTIM, None, "stop after so many steps (default: epochs decide)", least=1, free=True)
-    use_lr_scheduler: bool = flag(OPTIM, False, "linear warm-up, then cosine to min_lr (in each stage of layerwise)")
-    warmup_steps: int = flag(OPTIM, 0, "steps of warm-up", least=0, needs="schedule")
-    min_lr: float = flag(OPTIM, 0.0, "learning_rate at the last step of the schedule; other rates fall by the same "
-        "factor", least=0, most=1e6, needs="schedule")
-    weight_decay: float = flag(OPTIM, 0.0, "decoupled weight decay, per unit of learning rate; not for vectors",
-        least=0, most=1e6)
+    head_learning_rate: float = OPTIM(3e-3, "step size of --head closed_form, on the same schedule", above=0, most=1e6,
+        needs="closed_form")
+    guided_learning_rate: float = OPTIM(None, "step size between the backpropagations of Instruct and Calibrate, on "
+        "the same schedule", above=0, most=1e6, needs="interval", shown="learning_rate")
+    clip_grad_norm: float = OPTIM(1.0, "largest norm of a backpropagation's gradient (0: no limit)", least=0, most=1e6,
+        needs="backward")
+    max_decrease: float = OPTIM(None, "most nats that a step of sgd on queries may promise, rate times mean square of "
+        "the projected gradients; the rate is lowered to it (0: no limit)", least=0, most=1e6, needs="sgd queries",
+        shown="0; 0.05 with aligned")
+    epochs: int = OPTIM(1, "passes over the training tokens", least=1, free=True, needs="flat")
+    max_steps: int | None = OPTIM(None, "stop after so many steps (default: epochs decide)", least=1, free=True)
+    use_lr_scheduler: bool = OPTIM(False, "linear warm-up, then cosine to min_lr (in each stage of layerwise)")
+    warmup_steps: int = OPTIM(0, "steps of warm-up", least=0, needs="schedule")
+    min_lr: float = OPTIM(0.0, "learning_rate at the last step of the schedule; other rates fall by the same factor",
+        least=0, most=1e6, needs="schedule")
+    weight_decay: float = OPTIM(0.0, "decoupled weight decay, per unit of learning rate; not for vectors", least=0,
+        most=1e6)
 
-    stage_epochs: str = flag(LAYERS, "2,1", "epochs of each stage, the embedding's first; the last number holds for "
-        "all that follow", needs="layerwise epochs")
-    stage_steps: str | None = flag(LAYERS, None, "the same in steps, in place of epochs", needs="layerwise")
-    stage_learning_rates: str | None = flag(LAYERS, None, "learning rate of each stage (default: learning_rate)",
+    stage_epochs: str = LAYERS("2,1", "epochs of each stage, the embedding's first; the last number holds for all that "
+        "follow", needs="layerwise epochs")
+    stage_steps: str | None = LAYERS(None, "the same in steps, in place of epochs", needs="layerwise")
+    stage_learning_rates: str | None = LAYERS(None, "learning rate of each stage (default: learning_rate)",
         needs="layerwise")
-    embedding_optimizer: str | None = flag(LAYERS, None, "optimizer of the first stage, which is always "
-        "backpropagation (default: optimizer)", choices=OPTIMIZERS, needs="layerwise")
+    embedding_optimizer: str | None = LAYERS(None, "optimizer of the first stage, which is always backpropagation "
+        "(default: optimizer)", choices=OPTIMIZERS, needs="layerwise")
 
-    eval_interval: int = flag(EVAL, 100, "steps between validations (first and last step, and the end of a stage, "
-        "always)", least=1, free=True)
-    eval_samples: int = flag(EVAL, 64, "validation sequences used (fewer if there are fewer)", least=1, most=10**7)
-    prompt: str | None = flag(EVAL, None, "text that the model continues at the end of a run, into the log", free=True)
-    sample_interval: int | None = flag(EVAL, None, "steps between such samples (default: at the end alone)", least=1,
-        free=True, needs="prompt")
-    tensorboard: bool = flag(EVAL, False, "TensorBoard events in the run directory (pip install tensorboard)",
+    eval_interval: int = EVAL(100, "steps between validations (always: first and last step, end of a stage)", least=1,
         free=True)
-    track: str | None = flag(EVAL, None, "send the metrics to a tracker too, if its package is installed",
+    eval_samples: int = EVAL(64, "validation sequences used (fewer if there are fewer)", least=1, most=10**7)
+    prompt: str | None = EVAL(None, "text that the model continues at the end of a run, into the log", free=True)
+    sample_interval: int | None = EVAL(None, "steps between such samples (default: at the end alone)", least=1,
+        free=True, needs="prompt")
+    tensorboard: bool = EVAL(False, "TensorBoard events in the run directory (pip install tensorboard)", free=True)
+    track: str | None = EVAL(None, "send the metrics to a tracker too, if its package is installed",
         choices=("wandb", "trackio"), free=True)
 
-    save_interval: int = flag(KEEP, 500, "steps between checkpoints (there is always one at the end)", least=1,
+    save_interval: int = KEEP(500, "steps between checkpoints (always one at the end)", least=1, free=True)
+    keep_checkpoints: int = KEEP(2, "newest checkpoints kept, beside that of the lowest validation loss", least=1,
         free=True)
-    keep_checkpoints: int = flag(KEEP, 2, "newest checkpoints that are kept, beside that of the lowest validation loss",
-        least=1, free=True)
-    export_dir: str | None = flag(KEEP, None, "new folder for the trained model at the end: a Hugging Face model with "
-        "a card of the run", free=True)
-    export_best: bool = flag(KEEP, False, "export the checkpoint of the lowest validation loss, not the last",
-        free=True, needs="export")
-    resume: str | None = flag(KEEP, None, "go on with a run: its directory, or auto for the newest unfinished one in "
-        "log_dir", action=True)
-    replay: str | None = flag(KEEP, None, "rebuild a run's model from its seed and journal, and check it against the "
-        "run's own", action=True)
-    replay_step: int | None = flag(KEEP, None, "the step to rebuild (default: the last in the journal)", least=0,
+    export_dir: str | None = KEEP(None, "new folder for the trained model at the end: a Hugging Face model with a card "
+        "of the run", free=True)
+    export_best: bool = KEEP(False, "export the checkpoint of the lowest validation loss, not the last", free=True,
+        needs="export")
+    resume: str | None = KEEP(None, "go on with a run: its directory, or auto for the newest unfinished one in log_dir",
+        action=True)
+    replay: str | None = KEEP(None, "rebuild a run's model from its seed and journal, and check it against the run's "
+        "own", action=True)
+    replay_step: int | None = KEEP(None, "the step to rebuild (default: the last in the journal)", least=0,
         needs="replay", action=True)
-    compare: list | None = flag(KEEP, None, "run directories, or folders of them: a table of them, finished or not, "
-        "with the flags they differ in, and compare.png in log_dir", nargs="+", action=True)
+    compare: list | None = KEEP(None, "run directories, or folders of them: a table of them, finished or not, with the "
+        "flags they differ in, and compare.png in log_dir", nargs="+", action=True)
 
-    device: str = flag(SYSTEM, "auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = flag(SYSTEM, "float32", "dtype of computation; weights are always float32", choices=tuple(EPSILON))
-    num_threads: int | None = flag(SYSTEM, None, "CPU threads of a process; rounding may change with it (default: all "
-        "cores, divided evenly under torchrun)", least=1, most=4096, free=True)
-    sync_check_interval: int = flag(SYSTEM, 50, "torchrun: steps between checks that ranks have the same weights",
-        least=1, free=True)
-    rank_timeout: float = flag(SYSTEM, 600.0, "torchrun: seconds that a rank waits for the others in a step; more than "
-        "a validation and a checkpoint take", above=0, most=1e6, free=True)
+    device: str = SYSTEM("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = SYSTEM("float32", "dtype of computation; weights are always float32", choices=tuple(EPSILON))
+    num_threads: int | None = SYSTEM(None, "CPU threads of a process; rounding may change with it (default: all cores, "
+        "divided evenly under torchrun)", least=1, most=4096, free=True)
+    sync_check_interval: int = SYSTEM(50, "torchrun: steps between checks that ranks have the same weights", least=1,
+        free=True)
+    rank_timeout: float = SYSTEM(600.0, "torchrun: seconds that a rank waits for the others in a step; more than a "
+        "validation and a checkpoint take", above=0, most=1e6, free=True)
     # fmt: on
 
     def __post_init__(self):
@@ -423,29 +401,24 @@ class Config:
     measures = property(lambda self: self.kind.queries and self.query_budget_q > 0, doc="Whether any query is made.")
     model_name = property(lambda self: Path(self.init_from or self.model_size).name, doc="The model's name or size.")
     layerwise = property(lambda self: self.scope == "layerwise", doc="Whether layers are trained one after the other.")
-
+    tokenizer_name = property(lambda self: self.tokenizer or self.init_from or MODEL_SIZES[self.model_size].tokenizer)
     source = property(lambda self: self.sources[0], doc="The run's documents.")
 
     @property
     def sources(self) -> list[Source]:
         """The run's documents, and those of backpropagations where they are others."""
         own = (self.text_column, self.dataset_config, self.dataset_split)
-        first = Source("--dataset", "--max_samples", self.dataset, self.max_samples, *own)
-        if self.bp_dataset is None:
-            return [first]
-        names = ("--bp_dataset", "--bp_max_samples", self.bp_dataset, self.bp_max_samples)
-        return [first, Source(*names, self.text_column, None, "train")]
-
-    @property
-    def tokenizer_name(self) -> str:
-        """The tokenizer, as --tokenizer would name it."""
-        return self.tokenizer or self.init_from or MODEL_SIZES[self.model_size].tokenizer
+        sources = [Source("--dataset", "--max_samples", self.dataset, self.max_samples, *own)]
+        if self.bp_dataset is not None:
+            names = ("--bp_dataset", "--bp_max_samples", self.bp_dataset, self.bp_max_samples)
+            sources.append(Source(*names, self.text_column, None, "train"))
+        return sources
 
     @property
     def cache(self) -> Path:
         """Where tokens are kept."""
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return Path(self.cache_dir) if self.cache_dir else home / "reproduce_zo_paper"
+        return Path(self.cache_dir or home / "reproduce_zo_paper")
 
     def changed(self, *also: str) -> dict:
         """Return the flags that shape the result (and those of `also`), have an effect and aren't defaults."""
@@ -454,9 +427,8 @@ class Config:
         default |= {"mode": "ZO", "dtype": "float32", "direction": self.kind.defaults.get("direction", "gaussian")}
         default["learning_rate"] = Config(**chosen).learning_rate
         default["carry"] = Config(**chosen, query_budget_q=self.query_budget_q).carry
-        shaping = [f.name for f in FIELDS.values() if not {"free", "action"} & f.metadata.keys() or f.name in also]
-        needs = {name: NEEDS.get(FIELDS[name].metadata.get("needs"), (bool,))[0] for name in shaping}
-        used = [name for name in shaping if needs[name](self)]
+        shaping = [f for f in FIELDS.values() if not {"free", "action"} & f.metadata.keys() or f.name in also]
+        used = [f.name for f in shaping if "needs" not in f.metadata or NEEDS[f.metadata["needs"]][0](self)]
         return {name: getattr(self, name) for name in used if getattr(self, name) != default[name]}
 
     @property
@@ -494,7 +466,7 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
                          "a --scope layerwise that has no --stage_steps"),
     "a new model": (lambda c: c.init_from is None, "a new model (without --init_from)"),
     "columns": (lambda c: any(s.name != "embedded" for s in c.sources), "--dataset of a file, folder or hub set"),
-    "hub": (lambda c: c.sources[0].hub is not None, "--dataset of a hub set"),
+    "hub": (lambda c: c.source.hub is not None, "--dataset of a hub set"),
     "prompt": (lambda c: c.prompt is not None, "--prompt"),
     "export": (lambda c: c.export_dir is not None, "--export_dir"),
     "replay": (lambda c: c.replay is not None, "--replay"),
@@ -509,8 +481,9 @@ def flags_digest(flags: dict) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ' (did you mean X?)' if a known word is near, else nothing."""
-    close = difflib.get_close_matches(word.lower(), {k.lower(): k for k in known}, 1, 0.5)
-    return f" (did you mean {next(k for k in known if k.lower() == close[0])}?)" if close else ""
+    lower = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(word.lower(), lower, 1, 0.5)
+    return f" (did you mean {lower[close[0]]}?)" if close else ""
 
 
 class Fault(str):
@@ -523,9 +496,13 @@ def choices_of(field: dataclasses.Field) -> tuple[str, ...]:
     return tuple(choices() if callable(choices) else choices)
 
 
+BOUNDS = {"above": ("above", operator.gt), "below": ("below", operator.lt)}
+BOUNDS |= {"least": ("at least", operator.ge), "most": ("at most", operator.le)}
+
+
 def value_fault(field: dataclasses.Field, value) -> str | None:
     """Return what is wrong with a flag's value, or None; of config.json's values, their type too."""
-    about, kind = field.metadata, field.type.split()[0]
+    about, kind = {"most": 10**12, **field.metadata}, field.type.split()[0]
     types = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list}[kind]
     if value in about.get("words", ()) or (value is None and "None" in field.type):
         return None
@@ -533,32 +510,26 @@ def value_fault(field: dataclasses.Field, value) -> str | None:
         return "not of its type"
     if (choices := choices_of(field)) and value not in choices:
         return f"must be one of {', '.join(choices)}{nearest(value, choices)}"
-    if kind not in ("int", "float"):
-        return None
-    limits = {"must be finite": not math.isfinite(value) if kind == "float" else False}
-    limits |= {f"must be above {about.get('above')}": "above" in about and value <= about["above"]}
-    limits |= {f"must be below {about.get('below')}": "below" in about and value >= about["below"]}
-    limits |= {f"must be at least {about.get('least')}": "least" in about and value < about["least"]}
-    most = about.get("most", 10**12)
-    shown = f"{most:,}" if kind == "int" else f"{most:g}"
-    limits |= {f"must be at most {shown}" if most < 2**60 else "must be below 2**63": value > most}
-    return next((words for words, wrong in limits.items() if wrong), None)
+    if kind == "float" and not math.isfinite(value):
+        return "must be finite"
+    for name in [name for name in BOUNDS if name in about and kind in ("int", "float")]:
+        (words, holds), bound = BOUNDS[name], about[name]
+        if not holds(value, bound):
+            shown = f"{words} {bound:g}" if kind == "float" else f"{words} {bound:,}"
+            return f"must be {shown if bound < 2**60 else 'below 2**63'}"
+    return None
 
 
-def reader(field: dataclasses.Field) -> Callable[[str], object]:
-    """Return argparse's type of a flag: the value, or the Fault that it has."""
-
-    def read(text: str):
-        kind, words = field.type.split()[0], field.metadata.get("words", ())
-        try:
-            value = text if text in words else {"int": int, "float": float}.get(kind, str)(text)
-        except ValueError:
-            wanted = {"int": "a whole number", "float": "a number"}[kind] + "".join(f" or {word}" for word in words)
-            return Fault(f"--{field.name} {text}: not {wanted}")
-        fault = None if kind == "list" else value_fault(field, value)
-        return Fault(f"--{field.name} {text}: {fault}") if fault else value
-
-    return read
+def read_value(field: dataclasses.Field, text: str):
+    """Return a flag's value, or the Fault that it has: argparse's type."""
+    kind, words = field.type.split()[0], field.metadata.get("words", ())
+    try:
+        value = text if text in words else {"int": int, "float": float}.get(kind, str)(text)
+    except ValueError:
+        wanted = " or ".join(({"int": "a whole number", "float": "a number"}[kind], *words))
+        return Fault(f"--{field.name} {text}: not {wanted}")
+    fault = None if kind == "list" else value_fault(field, value)
+    return Fault(f"--{field.name} {text}: {fault}") if fault else value
 
 
 class Parser(argparse.ArgumentParser):
@@ -570,28 +541,19 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """Return the parser of Config's fields; flags that are not given are absent from its result."""
-    parser = Parser(
-        prog="reproduce_zo_paper.py",
-        description=__doc__.split("\n\n")[0],
-        epilog="Exit codes: 0 done, 1 unexpected, 2 bad usage or input, 3 training became non-finite, 4 storage, "
-        "5 another rank is gone, 130 or 143 stopped.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    groups = {
-        name: parser.add_argument_group(name) for name in dict.fromkeys(f.metadata["group"] for f in FIELDS.values())
-    }
+    epilog = "Exit codes: 0 done, 1 unexpected, 2 bad usage or input, 3 training became non-finite, 4 storage, "
+    epilog += "5 another rank is gone, 130 or 143 stopped."
+    how = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    parser = Parser("reproduce_zo_paper.py", description=__doc__.split("\n\n")[0], epilog=epilog, **how)
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for field in FIELDS.values():
-        about, shown = field.metadata, field.metadata.get("shown", field.default)
+        about, kind, how = field.metadata, field.type.split()[0], {"action": "store_true"}
+        shown = about.get("shown", field.default)
         text = about["help"] + (f" (default: {shown})" if shown not in (None, False) else "")
-        how = {"action": "store_true"}
-        if field.type != "bool":
-            kinds = {"int": "N", "float": "X"} | {"list": "RUN"}
-            metavar = "|".join((*choices_of(field), *about.get("words", ()))) or kinds.get(
-                field.type.split()[0], "TEXT"
-            )
-            metavar = f"N|{metavar}" if "words" in about else metavar
-            how = {"type": reader(field), "metavar": metavar} | ({"nargs": about["nargs"]} if "nargs" in about else {})
+        if kind != "bool":
+            names = choices_of(field) or ({"int": "N", "float": "X", "list": "RUN"}.get(kind, "TEXT"),)
+            metavar = "|".join((*names, *about.get("words", ())))
+            how = {"type": functools.partial(read_value, field), "metavar": metavar, "nargs": about.get("nargs")}
         groups[about["group"]].add_argument(f"--{field.name}", help=text.replace("%", "%%"), **how)
     return parser
 
@@ -602,19 +564,17 @@ def parse_config(argv: Sequence[str]) -> tuple[Config, set[str]]:
     Raises UsageError with a line for every fault, before anything heavy is imported.
     """
     known, unknown = build_parser().parse_known_args(list(argv))
-    flags = [f"--{name}" for name in FIELDS]
-    faults = []
+    flags, faults = [f"--{name}" for name in FIELDS], []
     for before, word in zip(["", *unknown], unknown):
         name = word.split("=")[0]
         if word.startswith("-"):
             faults.append(f"{name}: no such flag{nearest('--learning_rate' if name == '--lr' else name, flags)}")
         elif not before.startswith("-"):
             faults.append(f"{word}: not expected here; flags start with --")
-    values = {name: value for name, value in vars(known).items() if not isinstance(value, Fault)}
     faulty = {name: str(value) for name, value in vars(known).items() if isinstance(value, Fault)}
+    values = {name: value for name, value in vars(known).items() if name not in faulty}
     config = Config(**values)
-    faults += [*faulty.values(), *validate(config, set(values), set(faulty))]
-    if faults:
+    if faults := [*faults, *faulty.values(), *validate(config, set(values), set(faulty))]:
         raise UsageError("\n".join(faults))
     return config, set(values)
 
@@ -687,8 +647,7 @@ def action_faults(config: Config, given: set[str]) -> list[str]:
         faults.append("--replay_step: has no effect without --replay")
     odd = [path for path in config.compare or [] if not run_directories(path)]
     faults += [f"--compare {path}: neither a run directory nor a folder of some (no config.json)" for path in odd]
-    for name in ("resume", "replay"):
-        path = getattr(config, name)
+    for name, path in (("resume", config.resume), ("replay", config.replay)):
         there = path in (None, "auto") or (Path(path) / "config.json").is_file()
         if not there and os.environ.get("RANK", "0") == "0":  # a run directory is rank 0's
             faults.append(f"--{name} {path}: not a run directory (no config.json in it)")
@@ -703,10 +662,14 @@ def useless_flags(config: Config, given: set[str]) -> list[str]:
 
 def validate(config: Config, given: set[str], faulty: set[str]) -> list[str]:
     """Return every fault that shows without data, one line each; flags in `faulty` have had theirs."""
-    faults = action_faults(config, given) + package_faults(config) + folder_faults(config)
+    trackers = {"tensorboard": config.tensorboard and "tensorboard", f"track {config.track}": config.track}
+    missing = {flag: name for flag, name in trackers.items() if name and importlib.util.find_spec(name) is None}
+    faults = action_faults(config, given)
+    faults += [f"--{flag}: its package is not installed; run: pip install {name}" for flag, name in missing.items()]
+    faults += folder_faults(config)
     if not any(getattr(config, name) for name in ACTIONS):  # else the other flags are the run's own
-        both = [line for line in value_faults(config) if not any(f"--{name}" in line.split() for name in faulty)]
-        faults += both + (useless_flags(config, given) if not faulty else []) + text_faults(config)
+        faults += [line for line in value_faults(config) if not any(f"--{name}" in line.split() for name in faulty)]
+        faults += (useless_flags(config, given) if not faulty else []) + text_faults(config)
     return [fault for fault in dict.fromkeys(faults) if fault.split()[0].strip(":,").removeprefix("--") not in faulty]
 
 
@@ -731,9 +694,9 @@ def dataset_fault(source: Source) -> str | None:
         files = local_files(dataset)
         if len({local_format(file) for file in files}) > 1:
             return f"{named}: holds files of several formats ({files[0].name}, ...); take a folder of one, or a file"
-        some = any(file.stat().st_size for file in files)
-        endings = " ".join(LOCAL_FORMATS)
-        return None if some else f"{named}: must be a non-empty file, or a folder with some, ending in {endings}"
+        if any(file.stat().st_size for file in files):
+            return None
+        return f"{named}: must be a non-empty file, or a folder with some, ending in {' '.join(LOCAL_FORMATS)}"
     if HUB_ID.fullmatch(dataset) and not local_format(Path(dataset)):
         return None
     hint = f"{nearest(dataset, known)}; known: {', '.join(known)}"
@@ -763,31 +726,22 @@ def text_faults(config: Config) -> list[str]:
     return faults
 
 
-def package_faults(config: Config) -> list[str]:
-    """Return the faults of trackers whose package is not installed."""
-    wanted = {"tensorboard": config.tensorboard and "tensorboard", f"track {config.track}": config.track}
-    missing = {flag: name for flag, name in wanted.items() if name and importlib.util.find_spec(name) is None}
-    return [f"--{flag}: its package is not installed; run: pip install {name}" for flag, name in missing.items()]
-
-
 def folder_faults(config: Config) -> list[str]:
-    """Return the faults of folders that can't be made or written to, and of an export folder that is there; makes
-    none.
-    """
-    folders = {"--log_dir": Path(config.log_dir), "--cache_dir": config.cache}
-    folders = {} if config.resume or config.replay else folders
+    """Return the faults of folders that can't be written to, and of an export folder that is there; makes none."""
+    folders = {} if config.resume or config.replay else {"log_dir": config.log_dir, "cache_dir": config.cache}
     faults = []
     if config.export_dir is not None:
-        folders["--export_dir"] = Path(config.export_dir)
+        folders["export_dir"] = config.export_dir
         if Path(config.export_dir).exists():
             faults = [f"--export_dir {config.export_dir}: is there already; name a new folder"]
     for name, folder in folders.items():
-        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        path = Path(folder).absolute()
         try:
-            with tempfile.TemporaryFile(dir=there):
+            with tempfile.TemporaryFile(dir=next(place for place in (path, *path.parents) if place.exists())):
                 pass
         except OSError as error:
-            faults.append(f"{name} {folder}: can't be written to ({error.strerror or error}); name another folder")
+            why = f"can't be written to ({error.strerror or error}); name another folder"
+            faults.append(f"--{name} {Path(folder)}: {why}")
     return faults
 
 
