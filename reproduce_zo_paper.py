@@ -3577,7 +3577,9 @@ def write_corpus(config: Config, source: Source, given, folder: Path) -> None:
 # │ Model                                                                                                            │
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
+
 INITIAL_DEVIATION = 0.02
+SAMPLED_WEIGHTS = 4096  # of each parameter, in a check that ranks have the same
 
 
 def choose_device(name: str, ranks: Ranks) -> torch.device:
@@ -3586,14 +3588,14 @@ def choose_device(name: str, ranks: Ranks) -> torch.device:
     name = next(kind for kind, is_there in there.items() if is_there) if name == "auto" else name
     if not there[name]:
         raise UsageError(f"--device {name}: torch {torch.__version__} finds none here; use --device auto")
-    if name == "cuda" and ranks.size > 1:
-        if ranks.local_size > torch.cuda.device_count():
-            few = f"{ranks.local_size} processes, {torch.cuda.device_count()} devices; lower --nproc_per_node"
-            raise UsageError(f"--device cuda: {few}")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        return device
-    return torch.device(name)
+    if name != "cuda" or ranks.size == 1:
+        return torch.device(name)
+    if ranks.local_size > (count := torch.cuda.device_count()):
+        few = f"{ranks.local_size} processes, {count} devices; lower --nproc_per_node"
+        raise UsageError(f"--device cuda: {few}")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
 
 
 def cpu_threads(config: Config, ranks: Ranks) -> int | None:
@@ -3605,8 +3607,9 @@ def cpu_threads(config: Config, ranks: Ranks) -> int | None:
 
 
 def loaded_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast) -> torch.nn.Module:
-    """Return the causal language model of --init_from, in float32 on the CPU; safetensors only, and no code that comes
-    with it. Raises UsageError.
+    """Return the causal language model of --init_from, float32, from safetensors alone, running no code that is there.
+
+    Raises UsageError.
     """
     name, safe = config.init_from, {"use_safetensors": True, "trust_remote_code": False}
     try:
@@ -3625,9 +3628,7 @@ def loaded_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast
 
 
 def build_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast) -> torch.nn.Module:
-    """Return the model of --init_from, or a Llama with initial weights that are a function of the seed; on the CPU,
-    float32.
-    """
+    """Return the model of --init_from, or a Llama whose weights are a function of the seed; on the CPU, float32."""
     if config.init_from:
         return loaded_model(config, tokenizer)
     size = MODEL_SIZES[config.model_size]
@@ -3651,16 +3652,15 @@ def build_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast)
 
 
 def initialize(model: torch.nn.Module, seed: int, *stage: int) -> None:
-    """Give a Llama's trainable parameters initial weights as a function of the seed (and of a stage): normal matrices,
+    """Give a Llama's trainable parameters initial weights, a function of the seed (and of a stage): normal matrices,
     unit norms; drawn on the CPU, the same for any device.
     """
-    with torch.no_grad():
-        for index, parameter in enumerate(model.parameters()):
-            if parameter.requires_grad and parameter.ndim == 1:
-                parameter.fill_(1.0)
-            elif parameter.requires_grad:
-                generator = stream(torch.device("cpu"), seed, PURPOSE_INIT, index, *stage)
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, INITIAL_DEVIATION, generator=generator))
+    for index, parameter in enumerate(model.parameters()):
+        if parameter.requires_grad and parameter.ndim == 1:
+            parameter.data.fill_(1.0)
+        elif parameter.requires_grad:
+            generator = stream(torch.device("cpu"), seed, PURPOSE_INIT, index, *stage)
+            parameter.data.copy_(torch.empty(parameter.shape).normal_(0.0, INITIAL_DEVIATION, generator=generator))
 
 
 def parameter_count(model: torch.nn.Module) -> int:
@@ -3674,9 +3674,6 @@ def weights_digest(model: torch.nn.Module) -> str:
     for parameter in model.parameters():
         digest.update(parameter.detach().cpu().numpy())
     return digest.hexdigest()
-
-
-SAMPLED_WEIGHTS = 4096  # of each parameter
 
 
 def sample_digest(model: torch.nn.Module, seed: int, step: int) -> str:
@@ -3699,8 +3696,8 @@ def scope_modules(model: torch.nn.Module, scope: str) -> Iterable[torch.nn.Modul
     if scope == "norms":
         return [module for module in model.modules() if "norm" in type(module).__name__.lower()]
     if scope == "embedding":
-        inside = {id(module) for module in blocks.modules()}
-        return [module for module in model.modules() if id(module) not in inside and not list(module.children())]
+        inside = set(blocks.modules())
+        return [module for module in model.modules() if module not in inside and not list(module.children())]
     match = SCOPE.fullmatch(scope)
     if match["first"] is not None:
         if int(match["last"]) >= len(blocks):
@@ -3727,22 +3724,17 @@ def outer_parameters(model: torch.nn.Module) -> set[int]:
 
 
 def available_memory(device: torch.device) -> int:
-    """Return the bytes free for a step: the accelerator's, or the machine's available memory (Linux; elsewhere 4
-    GiB).
-    """
+    """Return the bytes free for a step: the accelerator's, or the machine's (Linux; elsewhere 4 GiB)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
     if device.type == "cpu" and meminfo.exists():
-        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        return int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1]) * 1024
     return 4 * 2**30
 
 
 def query_group(config: Config, about: transformers.PretrainedConfig, device: torch.device) -> int:
-    """Return how many queries are in one forward pass: 0 where they are not batched, else the flag's number, or for
-    auto what half the free memory holds.
-    """
+    """Return how many queries are in a forward pass: 0 where not batched; for auto what half the free memory holds."""
     if not config.parallel_q_computation:
         return 0
     if config.parallel_batch_size != "auto":
