@@ -248,8 +248,7 @@ class Config:
     """
 
     mode: str = RUN("ZO", "FO: backpropagation. ZO: forward passes alone. Instruct: a backpropagation every "
-        "bp_interval steps, and forward passes that it guides between. Calibrate: the same, with unguided ZO between",
-        choices=MODES)
+        "bp_interval steps, guiding forward passes between. Calibrate: the same, unguided ZO between", choices=MODES)
     run_name: str | None = RUN(None, "first part of the run directory's name (default: of mode and size)", free=True)
     log_dir: str = RUN("logs", "folder that run directories are made in", free=True)
     seed: int = RUN(0, "initial weights, directions and data order are functions of it", least=0, most=2**63 - 1)
@@ -258,12 +257,11 @@ class Config:
         "would take and keeps nothing", free=True)
     debug: bool = RUN(False, "show the traceback of an error", free=True)
 
-    model_size: str = MODEL("tiny", "Llama built from scratch, by parameter count", choices=MODEL_SIZES,
-        needs="a new model")
-    init_from: str | None = MODEL(None, "start from a causal language model of transformers, with its tokenizer: a "
-        "folder or hub id, safetensors only")
-    scope: str = MODEL("full", "what is trained: full, head (with it a tied embedding), norms, embedding (what is in "
-        "no block), blocks:I-J (from 0), reduced (last MLP, its norm, final norm, head), or layerwise: the embedding, "
+    model_size: str = MODEL("tiny", "new Llama, by parameter count", choices=MODEL_SIZES, needs="a new model")
+    init_from: str | None = MODEL(None, "start from a transformers model and its tokenizer: folder or hub id, "
+        "safetensors only")
+    scope: str = MODEL("full", "what is trained: full, head (and a tied embedding), norms, embedding (all outside "
+        "blocks), blocks:I-J (from 0), reduced (last MLP, its norm, final norm, head), or layerwise: the embedding, "
         "then each block on its own")
 
     dataset: str = DATA("embedded", "embedded (US annual messages), a .txt .jsonl .json .csv or .parquet file (also "
@@ -271,8 +269,8 @@ class Config:
     text_column: str = DATA("text", "column of the documents, in anything but plain text", needs="columns")
     dataset_config: str | None = DATA(None, "configuration of a hub set (default: its own)", needs="hub")
     dataset_split: str = DATA("train", "split of a hub set that documents are taken from", needs="hub")
-    max_samples: int | None = DATA(None,
-        f"documents used (default: {EMBEDDED_SAMPLES} embedded, else what the set recommends)", least=1)
+    max_samples: int | None = DATA(None, f"documents used (default: {EMBEDDED_SAMPLES} embedded, else what the set "
+        "recommends)", least=1)
     batch_size: int = DATA(4, "sequences in a step's batch", least=1, most=2**20)
     block_size: int = DATA(128, "tokens in a sequence", least=2, most=2**20)
     tokenizer: str | None = DATA(None, "gpt2, bpe:N (trained on the data, N tokens), or a folder or hub id (default: "
@@ -284,88 +282,73 @@ class Config:
         "the output layer. 0: none, for --direction feedback, --head closed_form, and backpropagations alone",
         least=0, most=2**20, needs="queries", shown="8; with feedback 0, 1 with --carry stream or branch")
     epsilon: float = ZO(None, "how far a query moves the weights, in units of z; with feedback the embedding's output, "
-        "in units of its root mean square", above=0, most=1e6, needs="measured",
-        shown="0.001; 0.003 with bfloat16; 0.1 with feedback")
-    direction: str = ZO(None, "family of directions. gaussian: standard ZO, the paper's. rademacher: +-1. lowrank: "
-        "A B^T on matrices, fastest when batched. aligned: A Q^T, Q the leading directions of a layer's inputs. "
-        "feedback: feedback alignment, the error at the output carried to every block; queries learn its way to the "
-        "embedding", choices=lambda: FAMILIES, needs="queries", shown="gaussian; feedback in Instruct")
-    carry: str = ZO(None, "what feedback trains in a block. block: all of it, by torch.autograd on one block at a "
-        "time, nothing across blocks; the first's enters the embedding. branch: all of a branch (attention, MLP), by "
-        "torch.autograd on that branch alone. stream: the matrices that write to the residual stream, without any "
-        "autograd. With the last two a query a step learns the way to the embedding", choices=lambda: CARRIES,
-        needs="feedback", shown="block; stream where queries are given")
-    head: str = ZO("estimated", "gradient of the output layer. estimated: by the queries. closed_form: exact (not for "
-        "a tied embedding's input side), from one forward pass, into an AdamW of its own",
-        choices=("estimated", "closed_form"), needs="z")
+        "by its root mean square", above=0, needs="measured", shown="0.001; 0.003 with bfloat16; 0.1 with feedback")
+    direction: str = ZO(None, "gaussian: standard ZO, the paper's. rademacher: +-1. lowrank: A B^T on matrices, fastest "
+        "when batched. aligned: A Q^T, Q the leading directions of a layer's inputs. feedback: feedback alignment, the "
+        "error at the output carried to every block; queries learn its way to the embedding",
+        choices=lambda: FAMILIES, needs="queries", shown="gaussian; feedback in Instruct")
+    carry: str = ZO(None, "what feedback trains in a block. block: all, by torch.autograd on one block at a time, "
+        "nothing across blocks; the first's enters the embedding. branch: all of a branch (attention, MLP), by "
+        "torch.autograd on it alone. stream: what writes to the residual stream, without autograd. With these two a "
+        "query a step learns the way to the embedding", choices=lambda: CARRIES, needs="feedback",
+        shown="block; stream where queries are given")
+    head: str = ZO("estimated", "output layer's gradient. estimated: by queries. closed_form: exact (not for a tied "
+        "embedding's input side), by a pass, an AdamW of its own", choices=("estimated", "closed_form"), needs="z")
     rank: int = ZO(1, "rank r of --direction lowrank or aligned", least=1, most=2**16, needs="ranked")
     query_data: str = ZO("shared", "shared: all queries see the step's batch. distinct: each its own share of the rows",
         choices=("shared", "distinct"), needs="measured z")
     parallel_q_computation: bool = ZO(False, "evaluate several queries in one forward pass", needs="measured")
     parallel_batch_size: int | str = ZO(4, "queries in one forward pass, or auto: as many as memory holds", least=1,
         most=2**20, words=("auto",), free=True, needs="parallel")
-    on_nonfinite: str = ZO("stop", "a query whose loss is not finite: stop, or skip it (stops when most of a step's "
-        "queries are gone)", choices=("stop", "skip"), free=True, needs="measured z")
+    on_nonfinite: str = ZO("stop", "at a query whose loss is not finite: stop, or skip it (stops when most of a step's "
+        "are gone)", choices=("stop", "skip"), free=True, needs="measured z")
 
     bp_interval: int | None = BP(None, "steps from one backpropagation to the next", least=1, needs="interval")
-    bp_dataset: str | None = BP(None, "text of the backpropagations, as --dataset (default: that one)",
-        needs="interval")
-    bp_max_samples: int | None = BP(None, "documents of bp_dataset used (default: as max_samples)", least=1,
-        needs="bp_dataset")
+    bp_dataset: str | None = BP(None, "backpropagations' text, as --dataset (default: that one)", needs="interval")
+    bp_max_samples: int | None = BP(None, "documents of it used (default: as max_samples)", least=1, needs="bp_dataset")
     guide_cosine: float = BP(0.5, "cosine of Instruct's directions to the last true gradient", above=0, below=1,
         needs="bent")
 
     optimizer: str = OPTIM(None, "sgd (no state), adam (AdamW), or mudamw (Muon on hidden matrices, AdamW elsewhere)",
         choices=OPTIMIZERS, shown="sgd in ZO; adam in FO and with feedback; mudamw in Instruct and Calibrate")
-    learning_rate: float = OPTIM(None, "step size (peak, with a scheduler)", above=0, most=1e6,
+    learning_rate: float = OPTIM(None, "step size (peak, with a scheduler)", above=0,
         shown="0.001; 0.003 in Instruct and Calibrate")
-    head_learning_rate: float = OPTIM(3e-3, "step size of --head closed_form, on the same schedule", above=0, most=1e6,
+    head_learning_rate: float = OPTIM(3e-3, "that of --head closed_form, on the same schedule", above=0,
         needs="closed_form")
-    guided_learning_rate: float = OPTIM(None, "step size between the backpropagations of Instruct and Calibrate, on "
-        "the same schedule", above=0, most=1e6, needs="interval", shown="learning_rate")
-    clip_grad_norm: float = OPTIM(1.0, "largest norm of a backpropagation's gradient (0: no limit)", least=0, most=1e6,
-        needs="backward")
+    guided_learning_rate: float = OPTIM(None, "that between the backpropagations of Instruct and Calibrate, on the "
+        "same schedule", above=0, needs="interval", shown="learning_rate")
+    clip_grad_norm: float = OPTIM(1.0, "largest norm of a true gradient (0: no limit)", least=0, needs="backward")
     max_decrease: float = OPTIM(None, "most nats that a step of sgd on queries may promise, rate times mean square of "
-        "the projected gradients; the rate is lowered to it (0: no limit)", least=0, most=1e6, needs="sgd queries",
-        shown="0; 0.05 with aligned")
+        "projected gradients: limits the rate (0: none)", least=0, needs="sgd queries", shown="0; 0.05 with aligned")
     epochs: int = OPTIM(1, "passes over the training tokens", least=1, free=True, needs="flat")
     max_steps: int | None = OPTIM(None, "stop after so many steps (default: epochs decide)", least=1, free=True)
     use_lr_scheduler: bool = OPTIM(False, "linear warm-up, then cosine to min_lr (in each stage of layerwise)")
     warmup_steps: int = OPTIM(0, "steps of warm-up", least=0, needs="schedule")
-    min_lr: float = OPTIM(0.0, "learning_rate at the last step of the schedule; other rates fall by the same factor",
-        least=0, most=1e6, needs="schedule")
-    weight_decay: float = OPTIM(0.0, "decoupled weight decay, per unit of learning rate; not for vectors", least=0,
-        most=1e6)
+    min_lr: float = OPTIM(0.0, "last learning_rate of the schedule; other rates fall by its factor", least=0,
+        needs="schedule")
+    weight_decay: float = OPTIM(0.0, "decoupled weight decay, per unit of learning rate; not for vectors", least=0)
 
     stage_epochs: str = LAYERS("2,1", "epochs of each stage, the embedding's first; the last number holds for all that "
         "follow", needs="layerwise epochs")
     stage_steps: str | None = LAYERS(None, "the same in steps, in place of epochs", needs="layerwise")
-    stage_learning_rates: str | None = LAYERS(None, "learning rate of each stage (default: learning_rate)",
-        needs="layerwise")
-    embedding_optimizer: str | None = LAYERS(None, "optimizer of the first stage, which is always backpropagation "
+    stage_learning_rates: str | None = LAYERS(None, "each stage's (default: learning_rate)", needs="layerwise")
+    embedding_optimizer: str | None = LAYERS(None, "that of the first stage, which is always backpropagation "
         "(default: optimizer)", choices=OPTIMIZERS, needs="layerwise")
 
-    eval_interval: int = EVAL(100, "steps between validations (always: first and last step, end of a stage)", least=1,
-        free=True)
+    eval_interval: int = EVAL(100, "steps between validations; also at first, last, stage's end", least=1, free=True)
     eval_samples: int = EVAL(64, "validation sequences used (fewer if there are fewer)", least=1, most=10**7)
     prompt: str | None = EVAL(None, "text that the model continues at the end of a run, into the log", free=True)
     sample_interval: int | None = EVAL(None, "steps between such samples (default: at the end alone)", least=1,
         free=True, needs="prompt")
     tensorboard: bool = EVAL(False, "TensorBoard events in the run directory (pip install tensorboard)", free=True)
-    track: str | None = EVAL(None, "send the metrics to a tracker too, if its package is installed",
-        choices=("wandb", "trackio"), free=True)
+    track: str | None = EVAL(None, "a tracker that gets the metrics too", choices=("wandb", "trackio"), free=True)
 
     save_interval: int = KEEP(500, "steps between checkpoints (always one at the end)", least=1, free=True)
-    keep_checkpoints: int = KEEP(2, "newest checkpoints kept, beside that of the lowest validation loss", least=1,
-        free=True)
-    export_dir: str | None = KEEP(None, "new folder for the trained model at the end: a Hugging Face model with a card "
-        "of the run", free=True)
-    export_best: bool = KEEP(False, "export the checkpoint of the lowest validation loss, not the last", free=True,
-        needs="export")
-    resume: str | None = KEEP(None, "go on with a run: its directory, or auto for the newest unfinished one in log_dir",
-        action=True)
-    replay: str | None = KEEP(None, "rebuild a run's model from its seed and journal, and check it against the run's "
-        "own", action=True)
+    keep_checkpoints: int = KEEP(2, "newest ones kept, beside that of the lowest validation loss", least=1, free=True)
+    export_dir: str | None = KEEP(None, "new folder for the model at the end, with a card of the run", free=True)
+    export_best: bool = KEEP(False, "export the one of the lowest validation loss", free=True, needs="export")
+    resume: str | None = KEEP(None, "resume a run: its directory, or auto: newest unfinished in log_dir", action=True)
+    replay: str | None = KEEP(None, "rebuild a run's model from its seed and journal; check it by its own", action=True)
     replay_step: int | None = KEEP(None, "the step to rebuild (default: the last in the journal)", least=0,
         needs="replay", action=True)
     compare: list | None = KEEP(None, "run directories, or folders of them: a table of them, finished or not, with the "
@@ -373,12 +356,11 @@ class Config:
 
     device: str = SYSTEM("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = SYSTEM("float32", "dtype of computation; weights are always float32", choices=tuple(EPSILON))
-    num_threads: int | None = SYSTEM(None, "CPU threads of a process; rounding may change with it (default: all cores, "
-        "divided evenly under torchrun)", least=1, most=4096, free=True)
-    sync_check_interval: int = SYSTEM(50, "torchrun: steps between checks that ranks have the same weights", least=1,
-        free=True)
+    num_threads: int | None = SYSTEM(None, "CPU threads of a process; may change rounding (default: all cores, shared "
+        "out under torchrun)", least=1, most=4096, free=True)
+    sync_check_interval: int = SYSTEM(50, "torchrun: steps between checks that weights agree", least=1, free=True)
     rank_timeout: float = SYSTEM(600.0, "torchrun: seconds that a rank waits for the others in a step; more than a "
-        "validation and a checkpoint take", above=0, most=1e6, free=True)
+        "validation and a checkpoint take", above=0, free=True)
     # fmt: on
 
     def __post_init__(self):
@@ -431,10 +413,7 @@ class Config:
         used = [f.name for f in shaping if "needs" not in f.metadata or NEEDS[f.metadata["needs"]][0](self)]
         return {name: getattr(self, name) for name in used if getattr(self, name) != default[name]}
 
-    @property
-    def identity(self) -> str:
-        """A digest of what shapes a run's result: its journal and checkpoints carry it."""
-        return flags_digest(self.changed())
+    identity = property(lambda self: flags_digest(self.changed()), doc="A digest that journal and checkpoints carry.")
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -502,7 +481,8 @@ BOUNDS |= {"least": ("at least", operator.ge), "most": ("at most", operator.le)}
 
 def value_fault(field: dataclasses.Field, value) -> str | None:
     """Return what is wrong with a flag's value, or None; of config.json's values, their type too."""
-    about, kind = {"most": 10**12, **field.metadata}, field.type.split()[0]
+    kind = field.type.split()[0]
+    about = {"most": 1e6 if kind == "float" else 10**12, **field.metadata}
     types = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list}[kind]
     if value in about.get("words", ()) or (value is None and "None" in field.type):
         return None
@@ -3275,41 +3255,37 @@ def paragraphs(name: str) -> Iterator[str]:
                 yield "".join(lines).removesuffix("\n")
 
 
-def streamed_rows(source: Source) -> Iterator[dict]:
-    """Yield the rows of a local file or a hub data set, by `datasets` in streaming mode: no more is read than used."""
-    hub, named = source.hub, f"{source.flag} {source.name}"
+def streamed_texts(source: Source) -> Iterator[str]:
+    """Yield the texts of a local file or a hub data set, the latter in streaming mode: no more is read than used.
+
+    Raises UsageError, which names the row where one is no text.
+    """
+    hub, column, named = source.hub, source.column, f"{source.flag} {source.name}"
     offline = hub is not None and os.environ.get("HF_HUB_OFFLINE") == "1"
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its lines say what the error below says
     try:
+        names = [str(file) for file in local_files(source.name)] if hub is None else []
         if hub is not None:
-            yield from datasets.load_dataset(hub.path, hub.config, split=source.split, streaming=True)
-            return
-        names = [str(file) for file in local_files(source.name)]
-        if (builder := local_format(Path(names[0]))) == "text":  # `datasets` takes five times the longest document
-            yield from ({source.column: text} for name in names for text in paragraphs(name))
+            rows = datasets.load_dataset(hub.path, hub.config, split=source.split, streaming=True)
+        elif (builder := local_format(Path(names[0]))) == "text":  # `datasets` takes five times the longest document
+            rows = ({column: text} for name in names for text in paragraphs(name))
         else:
-            yield from datasets.load_dataset(builder, data_files=names, split="train", streaming=True)
+            rows = datasets.load_dataset(builder, data_files=names, split="train", streaming=True)
+        for number, row in enumerate(rows, 1):
+            if column not in row:
+                columns = f"its columns are {', '.join(row)}; choose with --text_column"
+                raise UsageError(f"{named}: no column {column!r}; {columns}")
+            if not isinstance(text := row[column], str | None):
+                what = f"{json.dumps(text, default=str)[:40]} ({type(text).__name__}) in column {column!r}, not text"
+                raise UsageError(f"{named}: row {number} holds {what}; mend it, or choose with --text_column")
+            yield text or ""
     except (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError, datasets.exceptions.DatasetsError) as error:
         what = f"can't be read: {first_line(error)}"
         if offline:
             what = "the Hugging Face hub can't be reached and no copy is in the local cache; use --dataset embedded, "
             what += "a local file (--dataset FILE.jsonl), or set HF_HOME to a folder with a copy"
         raise UsageError(f"{named}: {what}") from error
-
-
-def streamed_texts(source: Source) -> Iterator[str]:
-    """Yield the texts of those rows; raises UsageError, which names the row, where one is no text."""
-    column, named = source.column, f"{source.flag} {source.name}"
-    for number, row in enumerate(streamed_rows(source), 1):
-        if column not in row:
-            columns = f"its columns are {', '.join(row)}; choose with --text_column"
-            raise UsageError(f"{named}: no column {column!r}; {columns}")
-        text = row[column]
-        if text is not None and not isinstance(text, str):
-            what = f"{json.dumps(text, default=str)[:40]} ({type(text).__name__}) in column {column!r}, not text"
-            raise UsageError(f"{named}: row {number} holds {what}; mend it, or choose with --text_column")
-        yield text or ""
 
 
 def documents(source: Source, empty: Callable[[], None] = lambda: None) -> Iterator[str]:
@@ -3631,20 +3607,11 @@ def build_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast)
     """Return the model of --init_from, or a Llama whose weights are a function of the seed; on the CPU, float32."""
     if config.init_from:
         return loaded_model(config, tokenizer)
-    size = MODEL_SIZES[config.model_size]
-    about = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=size.hidden,
-        intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=INITIAL_DEVIATION,
-        dtype="float32",
-    )
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    how = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "dtype": "float32"}
+    how |= {"max_position_embeddings": MAX_POSITIONS, "initializer_range": INITIAL_DEVIATION}
+    shape = dict(zip(names, MODEL_SIZES[config.model_size]))
+    about = transformers.LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape, **how)
     with torch.random.fork_rng(devices=[]):  # transformers' own initial draws, which are replaced below
         model = transformers.LlamaForCausalLM(about)
     initialize(model, config.seed)
@@ -3688,32 +3655,30 @@ def sample_digest(model: torch.nn.Module, seed: int, step: int) -> str:
     return digest.hexdigest()
 
 
-def scope_modules(model: torch.nn.Module, scope: str) -> Iterable[torch.nn.Module]:
-    """Return the modules whose parameters a scope trains; raises UsageError where the model has no such."""
-    blocks, head = decoder_blocks(model), model.get_output_embeddings()
+def choose_scope(model: torch.nn.Module, scope: str) -> list[Tensor]:
+    """Freeze what is not trained; return the trainable tensors in the model's order.
+
+    Raises UsageError where the model has no such part.
+    """
+    blocks, modules, match = decoder_blocks(model), list(model.modules()), SCOPE.fullmatch(scope)
     if scope == "head":
-        return [head]
-    if scope == "norms":
-        return [module for module in model.modules() if "norm" in type(module).__name__.lower()]
-    if scope == "embedding":
+        modules = [model.get_output_embeddings()]
+    elif scope == "norms":
+        modules = [module for module in modules if "norm" in type(module).__name__.lower()]
+    elif scope == "embedding":
         inside = set(blocks.modules())
-        return [module for module in model.modules() if module not in inside and not list(module.children())]
-    match = SCOPE.fullmatch(scope)
-    if match["first"] is not None:
+        modules = [module for module in modules if module not in inside and not list(module.children())]
+    elif match["first"] is not None:
         if int(match["last"]) >= len(blocks):
             raise UsageError(f"--scope {scope}: the model has blocks 0 to {len(blocks) - 1}")
-        return blocks[int(match["first"]) : int(match["last"]) + 1]
-    if not isinstance(model, transformers.LlamaForCausalLM):
-        raise UsageError(f"--scope {scope}: only for Llama models, this is {type(model).__name__}; take blocks:I-J")
-    return [blocks[-1].mlp, blocks[-1].post_attention_layernorm, model.model.norm, head]
-
-
-def choose_scope(model: torch.nn.Module, scope: str) -> list[Tensor]:
-    """Freeze what is not trained; return the trainable tensors in the model's order."""
-    if scope != "full":
-        kept = {id(parameter) for module in scope_modules(model, scope) for parameter in module.parameters()}
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in kept)
+        modules = blocks[int(match["first"]) : int(match["last"]) + 1]
+    elif scope != "full":
+        if not isinstance(model, transformers.LlamaForCausalLM):
+            raise UsageError(f"--scope {scope}: only for Llama models, this is {type(model).__name__}; take blocks:I-J")
+        modules = [blocks[-1].mlp, blocks[-1].post_attention_layernorm, model.model.norm, model.get_output_embeddings()]
+    kept = {id(parameter) for module in modules for parameter in module.parameters()}
+    for parameter in model.parameters() if scope != "full" else ():
+        parameter.requires_grad_(id(parameter) in kept)
     return trainable_tensors((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
@@ -3721,16 +3686,6 @@ def outer_parameters(model: torch.nn.Module) -> set[int]:
     """Return the ids of the parameters of embeddings and head, which Muon is not for."""
     modules = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)] + [model.get_output_embeddings()]
     return {id(parameter) for module in modules for parameter in module.parameters()}
-
-
-def available_memory(device: torch.device) -> int:
-    """Return the bytes free for a step: the accelerator's, or the machine's (Linux; elsewhere 4 GiB)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if device.type == "cpu" and meminfo.exists():
-        return int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1]) * 1024
-    return 4 * 2**30
 
 
 def query_group(config: Config, about: transformers.PretrainedConfig, device: torch.device) -> int:
@@ -3743,7 +3698,12 @@ def query_group(config: Config, about: transformers.PretrainedConfig, device: to
     floats_a_token = 12 * about.hidden_size + 4 * inner  # alive at once in a block's forward pass
     rows = config.batch_size // (config.query_budget_q if config.query_data == "distinct" else 1)
     a_query = 2 * rows * config.block_size * floats_a_token * 4
-    return max(1, min(config.query_budget_q, available_memory(device) // 2 // a_query))
+    free, meminfo = 4 * 2**30, Path("/proc/meminfo")  # where nothing says it
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu" and meminfo.exists():
+        free = int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1]) * 1024
+    return max(1, min(config.query_budget_q, free // 2 // a_query))
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
