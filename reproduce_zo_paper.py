@@ -255,8 +255,7 @@ class Config:
     debug: bool = RUN(False, "show the traceback of an error", free=True)
 
     model_size: str = MODEL("tiny", "new Llama, by parameter count", choices=MODEL_SIZES, needs="a new model")
-    init_from: str | None = MODEL(None, "start from a transformers model and its tokenizer: folder or hub id, "
-        "safetensors only")
+    init_from: str | None = MODEL(None, "start from a causal LM, its tokenizer too: folder or hub id, safetensors only")
     scope: str = MODEL("full", "what is trained: full, head (and a tied embedding), norms, embedding (all outside "
         "blocks), blocks:I-J (from 0), reduced (last MLP, its norm, final norm, head), or layerwise: the embedding, "
         "then each block on its own")
@@ -266,8 +265,7 @@ class Config:
     text_column: str = DATA("text", "column of the documents, in anything but plain text", needs="columns")
     dataset_config: str | None = DATA(None, "configuration of a hub set (default: its own)", needs="hub")
     dataset_split: str = DATA("train", "split of a hub set that documents are taken from", needs="hub")
-    max_samples: int | None = DATA(None, f"documents used (default: {EMBEDDED_SAMPLES} embedded, else what the set "
-        "recommends)", least=1)
+    max_samples: int | None = DATA(None, f"documents (default: {EMBEDDED_SAMPLES} embedded, else the set's)", least=1)
     batch_size: int = DATA(4, "sequences in a step's batch", least=1, most=2**20)
     block_size: int = DATA(128, "tokens in a sequence", least=2, most=2**20)
     tokenizer: str | None = DATA(None, "gpt2, bpe:N (trained on the data, N tokens), or a folder or hub id (default: "
@@ -304,15 +302,12 @@ class Config:
     bp_interval: int | None = BP(None, "steps from one backpropagation to the next", least=1, needs="interval")
     bp_dataset: str | None = BP(None, "backpropagations' text, as --dataset (default: that one)", needs="interval")
     bp_max_samples: int | None = BP(None, "documents of it used (default: as max_samples)", least=1, needs="bp_dataset")
-    guide_cosine: float = BP(0.5, "cosine of Instruct's directions to the last true gradient", above=0, below=1,
-        needs="bent")
+    guide_cosine: float = BP(0.5, "cosine of directions to the last true gradient", above=0, below=1, needs="bent")
 
     optimizer: str = OPTIM(None, "sgd (no state), adam (AdamW), or mudamw (Muon on hidden matrices, AdamW elsewhere)",
         choices=OPTIMIZERS, shown="sgd in ZO; adam in FO and with feedback; mudamw in Instruct and Calibrate")
-    learning_rate: float = OPTIM(None, "step size (peak, with a scheduler)", above=0,
-        shown="0.001; 0.003 in Instruct and Calibrate")
-    head_learning_rate: float = OPTIM(3e-3, "that of --head closed_form, on the same schedule", above=0,
-        needs="closed_form")
+    learning_rate: float = OPTIM(None, "step size at its peak", above=0, shown="0.001; 0.003 in Instruct and Calibrate")
+    head_learning_rate: float = OPTIM(3e-3, "that of --head closed_form, as scheduled", above=0, needs="closed_form")
     guided_learning_rate: float = OPTIM(None, "that between the backpropagations of Instruct and Calibrate, on the "
         "same schedule", above=0, needs="interval", shown="learning_rate")
     clip_grad_norm: float = OPTIM(1.0, "largest norm of a true gradient (0: no limit)", least=0, needs="backward")
@@ -322,12 +317,10 @@ class Config:
     max_steps: int | None = OPTIM(None, "stop after so many steps (default: epochs decide)", least=1, free=True)
     use_lr_scheduler: bool = OPTIM(False, "linear warm-up, then cosine to min_lr (in each stage of layerwise)")
     warmup_steps: int = OPTIM(0, "steps of warm-up", least=0, needs="schedule")
-    min_lr: float = OPTIM(0.0, "last learning_rate of the schedule; other rates fall by its factor", least=0,
-        needs="schedule")
+    min_lr: float = OPTIM(0.0, "learning_rate at the last step; other rates fall as much", least=0, needs="schedule")
     weight_decay: float = OPTIM(0.0, "decoupled weight decay, per unit of learning rate; not for vectors", least=0)
 
-    stage_epochs: str = LAYERS("2,1", "epochs of each stage, the embedding's first; the last number holds for all that "
-        "follow", needs="layerwise epochs")
+    stage_epochs: str = LAYERS("2,1", "epochs of each stage, the last for all that follow", needs="layerwise epochs")
     stage_steps: str | None = LAYERS(None, "the same in steps, in place of epochs", needs="layerwise")
     stage_learning_rates: str | None = LAYERS(None, "each stage's (default: learning_rate)", needs="layerwise")
     embedding_optimizer: str | None = LAYERS(None, "that of the first stage, which is always backpropagation "
@@ -347,8 +340,7 @@ class Config:
     export_best: bool = KEEP(False, "export the one of the lowest validation loss", free=True, needs="export")
     resume: str | None = KEEP(None, "resume a run: its directory, or auto: newest unfinished in log_dir", action=True)
     replay: str | None = KEEP(None, "rebuild a run's model from its seed and journal; check it by its own", action=True)
-    replay_step: int | None = KEEP(None, "the step to rebuild (default: the last in the journal)", least=0,
-        needs="replay", action=True)
+    replay_step: int | None = KEEP(None, "step to rebuild (default: the last)", least=0, needs="replay", action=True)
     compare: list | None = KEEP(None, "run directories, or folders of them: a table of them, finished or not, with the "
         "flags they differ in, and compare.png in log_dir", nargs="+", action=True)
 
@@ -421,15 +413,13 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "queries": (lambda c: c.kind.queries, "a mode with queries (ZO, Instruct, Calibrate)"),
     "measured": (lambda c: c.measures, "queries (a mode that has them, and --query_budget_q above 0)"),
     "z": (lambda c: c.kind.queries and c.family.perturbs_weights, "a --direction other than feedback, and queries"),
-    "measured z": (lambda c: c.measures and c.family.perturbs_weights,
-                   "queries along a --direction other than feedback"),
+    "measured z": (lambda c: c.measures and c.family.perturbs_weights, "queries, and a --direction but feedback"),
     "ranked": (lambda c: c.kind.queries and c.family.ranked, "--direction lowrank or aligned"),
     "feedback": (lambda c: c.kind.queries and not c.family.perturbs_weights, "--direction feedback"),
     "parallel": (lambda c: c.measures and c.parallel_q_computation, "--parallel_q_computation"),
     "interval": (lambda c: c.kind.interval, "--mode Instruct or Calibrate"),
     "bp_dataset": (lambda c: c.bp_dataset is not None, "--bp_dataset"),
-    "backward": (lambda c: c.kind.always or c.kind.interval or c.layerwise,
-                 "backpropagations (FO, Instruct, Calibrate, layerwise)"),
+    "backward": (lambda c: c.kind.always or c.kind.interval or c.layerwise, "a mode or scope with backpropagations"),
     "bent": (lambda c: c.kind.guided and c.measures and c.family.perturbs_weights,
              "--mode Instruct with queries and a --direction other than feedback"),
     "closed_form": (lambda c: c.kind.queries and c.head == "closed_form", "--head closed_form"),
@@ -438,8 +428,7 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "schedule": (lambda c: c.use_lr_scheduler, "--use_lr_scheduler"),
     "flat": (lambda c: not c.layerwise, "a --scope other than layerwise, which has --stage_epochs"),
     "layerwise": (lambda c: c.layerwise, "--scope layerwise"),
-    "layerwise epochs": (lambda c: c.layerwise and c.stage_steps is None,
-                         "a --scope layerwise that has no --stage_steps"),
+    "layerwise epochs": (lambda c: c.layerwise and c.stage_steps is None, "--scope layerwise without --stage_steps"),
     "a new model": (lambda c: c.init_from is None, "a new model (without --init_from)"),
     "columns": (lambda c: any(s.name != "embedded" for s in c.sources), "--dataset of a file, folder or hub set"),
     "hub": (lambda c: c.source.hub is not None, "--dataset of a hub set"),
@@ -662,16 +651,14 @@ def local_files(dataset: str) -> list[Path]:
 def dataset_fault(source: Source) -> str | None:
     """Return the fault of a name that is neither known, nor a hub id, nor readable files of one format."""
     dataset, named, known = source.name, f"{source.flag} {source.name}", ["embedded", *HUB_DATASETS]
-    if dataset in known:
-        return None
-    if Path(dataset).exists():
+    if dataset not in known and Path(dataset).exists():
         files = local_files(dataset)
         if len({local_format(file) for file in files}) > 1:
             return f"{named}: holds files of several formats ({files[0].name}, ...); take a folder of one, or a file"
         if any(file.stat().st_size for file in files):
             return None
         return f"{named}: must be a non-empty file, or a folder with some, ending in {' '.join(LOCAL_FORMATS)}"
-    if HUB_ID.fullmatch(dataset) and not local_format(Path(dataset)):
+    if dataset in known or (HUB_ID.fullmatch(dataset) and not local_format(Path(dataset))):
         return None
     hint = f"{nearest(dataset, known)}; known: {', '.join(known)}"
     return f"{named}: neither a file, nor a hub id (OWNER/NAME), nor a known data set{hint}"
@@ -999,7 +986,7 @@ class Ranks:
     def exchange(self, measure: Callable[[], np.ndarray], where: str) -> np.ndarray:
         """Return all ranks' measurements [q, ...], of which measure() gives this one's [share, ...], in one message.
 
-        Raises Interrupted on all ranks where one was asked to stop, and the error that measuring raised on one.
+        Raises Interrupted on all where one was asked to stop, and on all the error that measuring raised on one.
         """
         own = None
         with contextlib.suppress(Interrupted):
