@@ -127,7 +127,7 @@ EMBEDDED_SAMPLES, HUB_SAMPLES = 500, 10_000  # documents of a first run
 
 
 class HubData(NamedTuple):
-    """Where a data set is on the Hugging Face hub, and how many documents of it a first run needs."""
+    """Where a data set is on the Hugging Face hub, and how many documents a first run needs."""
 
     path: str
     config: str | None = None
@@ -307,9 +307,9 @@ class Config:
     optimizer: str = OPTIM(None, "sgd (no state), adam (AdamW), or mudamw (Muon on hidden matrices, AdamW elsewhere)",
         choices=OPTIMIZERS, shown="sgd in ZO; adam in FO and with feedback; mudamw in Instruct and Calibrate")
     learning_rate: float = OPTIM(None, "step size at its peak", above=0, shown="0.001; 0.003 in Instruct and Calibrate")
-    head_learning_rate: float = OPTIM(3e-3, "that of --head closed_form, as scheduled", above=0, needs="closed_form")
-    guided_learning_rate: float = OPTIM(None, "that between the backpropagations of Instruct and Calibrate, on the "
-        "same schedule", above=0, needs="interval", shown="learning_rate")
+    head_learning_rate: float = OPTIM(3e-3, "rate of --head closed_form, as scheduled", above=0, needs="closed_form")
+    guided_learning_rate: float = OPTIM(None, "step size between the backpropagations of Instruct and Calibrate, "
+        "on the same schedule", above=0, needs="interval", shown="learning_rate")
     clip_grad_norm: float = OPTIM(1.0, "largest norm of a true gradient (0: no limit)", least=0, needs="backward")
     max_decrease: float = OPTIM(None, "most nats that a step of sgd on queries may promise, rate times mean square of "
         "projected gradients: limits the rate (0: none)", least=0, needs="sgd queries", shown="0; 0.05 with aligned")
@@ -322,8 +322,8 @@ class Config:
 
     stage_epochs: str = LAYERS("2,1", "epochs of each stage, the last for all that follow", needs="layerwise epochs")
     stage_steps: str | None = LAYERS(None, "the same in steps, in place of epochs", needs="layerwise")
-    stage_learning_rates: str | None = LAYERS(None, "each stage's (default: learning_rate)", needs="layerwise")
-    embedding_optimizer: str | None = LAYERS(None, "that of the first stage, which is always backpropagation "
+    stage_learning_rates: str | None = LAYERS(None, "rate of each stage (default: learning_rate)", needs="layerwise")
+    embedding_optimizer: str | None = LAYERS(None, "optimizer of the first stage, which is always backpropagation "
         "(default: optimizer)", choices=OPTIMIZERS, needs="layerwise")
 
     eval_interval: int = EVAL(100, "steps between validations; also at first, last, stage's end", least=1, free=True)
@@ -335,9 +335,9 @@ class Config:
     track: str | None = EVAL(None, "a tracker that gets the metrics too", choices=("wandb", "trackio"), free=True)
 
     save_interval: int = KEEP(500, "steps between checkpoints (always one at the end)", least=1, free=True)
-    keep_checkpoints: int = KEEP(2, "newest ones kept, beside that of the lowest validation loss", least=1, free=True)
+    keep_checkpoints: int = KEEP(2, "newest checkpoints kept, beside the best by validation", least=1, free=True)
     export_dir: str | None = KEEP(None, "new folder for the model at the end, with a card of the run", free=True)
-    export_best: bool = KEEP(False, "export the one of the lowest validation loss", free=True, needs="export")
+    export_best: bool = KEEP(False, "export the checkpoint of lowest validation loss", free=True, needs="export")
     resume: str | None = KEEP(None, "resume a run: its directory, or auto: newest unfinished in log_dir", action=True)
     replay: str | None = KEEP(None, "rebuild a run's model from its seed and journal; check it by its own", action=True)
     replay_step: int | None = KEEP(None, "step to rebuild (default: the last)", least=0, needs="replay", action=True)
