@@ -3782,7 +3782,6 @@ class Journal:
         return end
 
     def close(self) -> None:
-        """Close the file."""
         if self.path is not None:
             self.file.close()
 
@@ -3791,9 +3790,7 @@ class RunDirectory:
     """One run's folder. A fresh run makes its own; nothing in it is written over but what belongs to it."""
 
     def __init__(self, path: Path, config: Config):
-        """Hold an existing folder, for this process alone; its metrics are read, what a kill has left is cleared
-        away.
-        """
+        """Hold an existing folder, for this process alone; read its metrics, clear away what a kill has left."""
         self.path, self.config, self.checkpoints = path, config, path / "checkpoints"
         self.lock = filelock.FileLock(path / ".lock")
         with storing(path):
@@ -3828,39 +3825,45 @@ class RunDirectory:
         return run
 
     def close(self) -> None:
-        """Let go of the folder."""
         log.removeHandler(self.handler)
         self.handler.close()
         self.lock.release()
 
+    def write(self, name: str, content: bytes | str | dict) -> Path:
+        """Write a file of the folder whole or not at all; a dict as JSON. Returns its path."""
+        content = json.dumps(content, indent=1) + "\n" if isinstance(content, dict) else content
+        with storing(self.path / name):
+            write_whole(self.path / name, content)
+        return self.path / name
+
     def write_config(self) -> None:
-        """Write config.json: every flag, with a digest, and what it ran on."""
-        flags = dataclasses.asdict(self.config)
+        """Write config.json: every flag, with a digest, and what it ran on (git_commit is None outside git)."""
+        flags, commit = dataclasses.asdict(self.config), None
         versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--abbrev=40", "--dirty"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            commit = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
         about = {"flags": flags, "flags_sha256": flags_digest(flags), "versions": versions}
-        about |= {"machine": platform.platform(), "git_commit": git_commit()}
-        with storing(self.path):
-            write_whole(self.path / "config.json", json.dumps(about, indent=1) + "\n")
+        self.write("config.json", about | {"machine": platform.platform(), "git_commit": commit})
 
     def pin(self, name: str, facts: dict) -> None:
         """Write facts that must hold for the whole run, once; raises UsageError where they have changed since."""
         path = self.path / name
         if not path.exists():
-            with storing(path):
-                write_whole(path, json.dumps(facts, indent=1) + "\n")
+            self.write(name, facts)
         elif (begun := read_json(path)) != facts:
             raise UsageError(f"{path}: not what the run began with (it was {begun}, it is {facts})")
 
     def add_row(self, row: dict[str, str]) -> None:
-        """Append a row to metrics.csv."""
+        """Append a row to metrics.csv, or put it where damage has left a gap."""
         self.rows.append(row)
-        if len(self.rows) > 1 and int(row["step"]) < int(self.rows[-2]["step"]):  # it fills a gap that damage left
+        path, steps = self.path / "metrics.csv", [int(each["step"]) for each in self.rows[-2:]]
+        if steps != sorted(steps):
             self.rows.sort(key=lambda each: int(each["step"]))
-            return self.keep_rows(int(self.rows[-1]["step"]))
-        path = self.path / "metrics.csv"
-        with storing(path), open(path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, METRICS, lineterminator="\n").writerow(row)
-        return None
+            self.keep_rows(max(steps))
+        else:
+            with storing(path), open(path, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, METRICS, lineterminator="\n").writerow(row)
 
     def keep_rows(self, last_step: int) -> None:
         """Write metrics.csv anew with the rows up to a step."""
@@ -3868,16 +3871,14 @@ class RunDirectory:
         writer = csv.DictWriter(content, METRICS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        with storing(self.path / "metrics.csv"):
-            write_whole(self.path / "metrics.csv", content.getvalue())
+        self.write("metrics.csv", content.getvalue())
 
     def save_checkpoint(self, name: str, about: dict, model, tokenizer, state: dict[str, torch.Tensor]) -> Path:
-        """Write a checkpoint folder that is whole or not there: staged beside its place, flushed, manifest last,
-        renamed.
+        """Write a checkpoint folder, whole or not there: staged beside its place, flushed, manifest last, renamed.
 
         It is a Hugging Face model folder with the optimizer's state beside the weights, safetensors and JSON only.
         """
-        final, staged = self.checkpoints / name, self.checkpoints / f".partial_{name}"
+        final, staged, previous = (self.checkpoints / each for each in (name, f".partial_{name}", ".previous_best"))
         if final.exists() and name != "best":
             if folder_fault(final) is None:
                 return final
@@ -3890,9 +3891,9 @@ class RunDirectory:
             importlib.import_module("safetensors.torch").save_file(state, staged / "optimizer.safetensors")
             (staged / "state.json").write_text(json.dumps({**about, "run": self.config.identity}), "utf-8")
             if final.exists():
-                final.rename(self.checkpoints / ".previous_best")
+                final.rename(previous)
             finish_folder(staged, final)
-            shutil.rmtree(self.checkpoints / ".previous_best", ignore_errors=True)
+            shutil.rmtree(previous, ignore_errors=True)
         for old in self.checkpoint_folders()[: -self.config.keep_checkpoints]:
             shutil.rmtree(old, ignore_errors=True)
         return final
@@ -3905,31 +3906,14 @@ class RunDirectory:
         """Write a checkpoint's model and tokenizer, with a model card, as a folder that is whole or not there."""
         final = Path(self.config.export_dir)
         staged = final.with_name(f".partial_{final.name}")
-        ours = shutil.ignore_patterns("optimizer.safetensors", "state.json", MANIFEST)
         with storing(final):
             final.absolute().parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(staged, ignore_errors=True)
+            ours = shutil.ignore_patterns("optimizer.safetensors", "state.json", MANIFEST)
             shutil.copytree(checkpoint, staged, ignore=ours)
             (staged / "README.md").write_text(card, "utf-8")
             finish_folder(staged, final)
         return final
-
-
-def git_commit() -> str | None:
-    """Return the commit of the script's folder, marked -dirty if it differs; None outside git."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def is_number(text: str) -> bool:
-    """Return whether a text is a finite number."""
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
@@ -3940,13 +3924,18 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     names = names if set(names) <= set(METRICS) else METRICS  # an older version's are some of them; else it is damaged
     for values in lines:
         row = dict.fromkeys(METRICS, "") | dict(zip(names, values))
-        if len(values) == len(names) and row["step"].isdigit() and all(is_number(value) for value in values if value):
-            rows[int(row["step"])] = row
+        with contextlib.suppress(ValueError):  # not a number
+            if (
+                len(values) == len(names)
+                and row["step"].isdigit()
+                and all(math.isfinite(float(v)) for v in values if v)
+            ):
+                rows[int(row["step"])] = row
     return [rows[step] for step in sorted(rows)]
 
 
 def read_config(path: Path) -> Config:
-    """Return a run's flags from its config.json, flags that are younger than it at their defaults; raises UsageError
+    """Return a run's flags from its config.json, with defaults for flags that are younger than it; raises UsageError
     where it was damaged or changed by hand.
     """
     where, about = path / "config.json", read_json(path / "config.json")
@@ -3955,8 +3944,7 @@ def read_config(path: Path) -> Config:
         raise UsageError(f"{where}: damaged or changed by hand (its digest does not fit its flags)")
     if odd := sorted(set(flags) - set(FIELDS)):
         raise UsageError(f"{where}: of another version of this script, which has no --{', --'.join(odd)}")
-    values = {name: value_fault(FIELDS[name], value) for name, value in flags.items()}
-    faults = [f"--{name} {flags[name]}: {fault}" for name, fault in values.items() if fault]
+    faults = [f"--{name} {v}: {fault}" for name, v in flags.items() if (fault := value_fault(FIELDS[name], v))]
     if faults := faults or value_faults(Config(**flags)) + text_faults(Config(**flags | {"dataset": "embedded"})):
         raise UsageError("\n".join(f"{where}: {fault}" for fault in faults))
     return Config(**flags)
@@ -3969,52 +3957,39 @@ def read_config(path: Path) -> Config:
 
 def short(number: float) -> str:
     """Return 1234567 as 1.23M."""
-    unit, size = next(((u, s) for u, s in (("B", 1e9), ("M", 1e6), ("k", 1e3)) if number >= s), ("", 1))
+    size, unit = next((each for each in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if number >= each[0]), (1, ""))
     return f"{number / size:.2f}{unit}" if unit else f"{number:.0f}"
 
 
 def duration(seconds: float) -> str:
     """Return seconds for people: 42s, 3m07s, 2h05m."""
-    seconds = int(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    return (
-        f"{seconds // 60}m{seconds % 60:02d}s" if seconds < 3600 else f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-    )
+    minutes, seconds = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 def peak_memory_mib(device: torch.device) -> float:
     """Return the most memory held so far: torch's on CUDA, else the process's resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def perplexity(loss: float) -> float:
-    """Return exp(loss), of losses that can be that."""
-    return math.exp(min(loss, 700.0))
+def lowest(rows: list[dict[str, str]]) -> dict[str, str] | None:
+    """Return the row of metrics.csv with the lowest validation loss, if any has one."""
+    return min((row for row in rows if row["val_loss"]), key=lambda row: float(row["val_loss"]), default=None)
 
 
-def metrics_row(record: Record | None, **facts) -> dict[str, str]:
-    """Return a row of metrics.csv: the facts that are known, and the record of the step before (None before the
-    first).
-    """
-    if record is not None:
-        c = record.projected_grads[np.isfinite(record.projected_grads)]
-        facts |= {"loss": f"{record.loss:.6f}", "learning_rate": f"{record.learning_rate:.6g}"}
-        facts |= {"grad_norm": f"{record.grad_norm:.6g}"}
-        facts |= {"projected_grad_mean": f"{c.mean():.6g}", "projected_grad_std": f"{c.std():.6g}"} if len(c) else {}
-    return {name: str(facts.get(name, "")) for name in METRICS}
-
-
-def progress_line(row: dict[str, str], forward_rate: float) -> str:
-    """Return what a row says on the console."""
-    validation = f"  val {float(row['val_loss']):.4f}" if row["val_loss"] else ""
-    return (
-        f"loss {float(row['loss']):.4f}{validation}  lr {float(row['learning_rate']):.2e}  "
-        f"|g| {float(row['grad_norm']):.2e}  {short(forward_rate)} forward tok/s"
-    )
+def figure_of(size: tuple[float, float], axes: Sequence[str], losses: str) -> tuple:
+    """Return a matplotlib figure, and its panels with these axes side by side over one of losses."""
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(axes), sharey=True)
+    panels[0].set_ylabel(f"{losses} (nats per token)")
+    for panel, label in zip(panels, axes):
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.3)
+    return figure, panels
 
 
 def png(figure) -> bytes:
@@ -4024,69 +3999,49 @@ def png(figure) -> bytes:
     return content.getvalue()
 
 
-def smoothed(values: Sequence[float], memory: float = 0.9) -> list[float]:
-    """Return a running mean of values, each weighing `memory` times the next, without the start's bias."""
-    total, weight, means = 0.0, 0.0, []
-    for value in values:
-        total, weight = memory * total + value, memory * weight + 1
-        means.append(total / weight)
-    return means
-
-
 def draw_loss(run: RunDirectory, unigram: float | None) -> Path | None:
-    """Draw loss.png: training and validation loss against steps and against forward tokens; None before the first
-    step.
-    """
+    """Draw loss.png: losses against steps and against forward tokens; None before the first step."""
     if len(run.rows) < 2:
         return None
-    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(10, 4), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for panel, column, label in zip(
-        panels, ("step", "forward_tokens"), ("step", "forward tokens (backpropagation counts 3)")
-    ):
+    figure, panels = figure_of((10, 4), ("step", "forward tokens (backpropagation counts 3)"), "loss")
+    for panel, column in zip(panels, ("step", "forward_tokens")):
         trained = [(float(row[column]), float(row["loss"])) for row in run.rows if row["loss"]]
         validated = [(float(row[column]), float(row["val_loss"])) for row in run.rows if row["val_loss"]]
         at, losses = zip(*trained)
+        total, weight, smoothed = 0.0, 0.0, []  # a running mean, without the start's bias
+        for loss in losses:
+            total, weight = 0.9 * total + loss, 0.9 * weight + 1
+            smoothed.append(total / weight)
         panel.plot(at, losses, color="tab:blue", alpha=0.25, lw=1)
-        panel.plot(at, smoothed(losses), color="tab:blue", lw=1.2, label="training, smoothed")
+        panel.plot(at, smoothed, color="tab:blue", lw=1.2, label="training, smoothed")
         panel.plot(*zip(*validated), color="tab:orange", marker="o", ms=3, label="validation")
         for before, after in itertools.pairwise(run.rows):
             if before["stage"] != after["stage"]:
                 panel.axvline(float(before[column]), color="black", ls=":", lw=0.8)
         if unigram is not None:
             panel.axhline(unigram, color="gray", ls="--", lw=1, label="unigram")
-        panel.set_xlabel(label)
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("loss (nats per token)")
     panels[0].legend()
     config = run.config
     about = f"q {config.query_budget_q}, {config.direction}, " if config.kind.queries else ""
-    figure.suptitle(
-        f"{config.mode} {config.model_name}, {about}{config.optimizer} {config.learning_rate:g}, {config.dataset}"
-    )
-    with storing(run.path / "loss.png"):
-        write_whole(run.path / "loss.png", png(figure))
-    return run.path / "loss.png"
+    about += f"{config.optimizer} {config.learning_rate:g}, {config.dataset}"
+    figure.suptitle(f"{config.mode} {config.model_name}, {about}")
+    return run.write("loss.png", png(figure))
 
 
 class Trackers:
-    """TensorBoard and --track beside metrics.csv. One that fails is left out from then on, with a line; the run goes
-    on.
-    """
+    """TensorBoard and --track beside metrics.csv. One that fails is left out, with a line; the run goes on."""
 
     def __init__(self, run: RunDirectory):
-        self.run, self.sinks, config = run, {}, run.config
-        wanted = {"tensorboard": self._tensorboard} if config.tensorboard else {}
-        wanted |= {config.track: self._tracker} if config.track else {}
-        for name, make in wanted.items():
-            self._guarded(name, lambda name=name, make=make: self.sinks.update({name: make()}))
+        self.run, self.sinks = run, {}
+        for name in ["tensorboard"] * run.config.tensorboard + [run.config.track] * bool(run.config.track):
+            with self._guarded(name):
+                self.sinks[name] = self._tensorboard() if name == "tensorboard" else self._tracker(name)
 
-    def _guarded(self, name: str, act: Callable[[], None]) -> None:
+    @contextlib.contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
         try:
-            act()
-        except (
-            Exception
-        ) as error:  # whatever a tracker raises, its server gone or its files full, is no reason to stop a run
+            yield
+        except Exception as error:  # whatever it raises, its server gone or its files full, is no reason to stop a run
             self.sinks.pop(name, None)
             log.warning(f"{name} failed and is left out from here on: {first_line(error)}")
 
@@ -4095,36 +4050,28 @@ class Trackers:
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.run.path, purge_step=begin)
         return lambda step, values: [writer.add_scalar(name, v, step) for name, v in values.items()], writer.close
 
-    def _tracker(self) -> tuple[Callable, Callable]:
-        config, name = self.run.config, self.run.path.name
-        module = importlib.import_module(config.track)
-        same_run = {"id": name} if config.track == "wandb" else {}
-        flags = dataclasses.asdict(config)
-        module.init(project="reproduce_zo_paper", name=name, config=flags, resume="allow", **same_run)
+    def _tracker(self, name: str) -> tuple[Callable, Callable]:
+        module, run, flags = importlib.import_module(name), self.run.path.name, dataclasses.asdict(self.run.config)
+        same_run = {"id": run} if name == "wandb" else {}
+        module.init(project="reproduce_zo_paper", name=run, config=flags, resume="allow", **same_run)
         return lambda step, values: module.log(values, step=step), module.finish
 
     def row(self, row: dict[str, str]) -> None:
         """Send a row of metrics.csv on."""
         values = {name: float(value) for name, value in row.items() if value and name != "step"}
         for name, (write, _) in list(self.sinks.items()):
-            self._guarded(name, lambda write=write: write(int(row["step"]), values))
+            with self._guarded(name):
+                write(int(row["step"]), values)
 
     def close(self) -> None:
-        """Tell every tracker that the run ends."""
         for name, (_, close) in list(self.sinks.items()):
-            self._guarded(name, close)
-
-
-def flag_words(flags: dict) -> list[str]:
-    """Return flags as words of a command line."""
-    return [f"--{name}" + ("" if value is True else f" {value}") for name, value in flags.items()]
+            with self._guarded(name):
+                close()
 
 
 def model_card(run: RunDirectory, row: dict[str, str], facts: dict[str, str]) -> str:
-    """Return README.md of an exported model: where it comes from and what it reached, with the metadata that the hub
-    reads.
-    """
-    config = run.config
+    """Return README.md of an exported model: where it comes from, what it reached, and metadata that the hub reads."""
+    config, changed = run.config, run.config.changed("epochs", "max_steps")
     metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [zeroth-order]"]
     if config.init_from and not Path(config.init_from).is_dir():
         metadata.append(f"base_model: {config.init_from}")
@@ -4138,12 +4085,10 @@ def model_card(run: RunDirectory, row: dict[str, str], facts: dict[str, str]) ->
         "tokens through forward passes": f"{int(row['forward_tokens']):,}",
         "validation loss, first to last": f"{float(first['val_loss']):.4f} to {float(row['val_loss']):.4f}",
     }
-    table = [f"| {name} | {value} |" for name, value in facts.items()]
-    words = " ".join(flag_words(config.changed("epochs", "max_steps"))) or "none"
+    words = " ".join(f"--{name}" + f" {value}" * (value is not True) for name, value in changed.items()) or "none"
     lines = ["---", *metadata, "---", "", f"# {run.path.name}", "", "Trained by reproduce_zo_paper.py.", ""]
-    return "\n".join(
-        [*lines, "| | |", "|---|---|", *table, "", "Flags that are not the defaults:", "", f"    {words}", ""]
-    )
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
+    return "\n".join([*lines, "Flags that are not the defaults:", "", f"    {words}", ""])
 
 
 class Compared:
@@ -4151,24 +4096,21 @@ class Compared:
 
     def __init__(self, path: Path):
         self.path, self.rows = path, read_metrics(path / "metrics.csv")
-        flags = read_json(path / "config.json").get("flags")
-        self.flags = flags if isinstance(flags, dict) else {}
-        self.validated = [row for row in self.rows if row["val_loss"]]
-        self.best = min(self.validated, key=lambda row: float(row["val_loss"]), default=None)
+        self.validated, self.best = [row for row in self.rows if row["val_loss"]], lowest(self.rows)
+        self.loss = float(self.best["val_loss"]) if self.best else math.inf
         facts = read_json(path / "corpus.json") if (path / "corpus.json").is_file() else {}
         self.tokenizer, self.unigram = facts.get("tokens_folder"), facts.get("unigram_loss")
-
-    @property
-    def loss(self) -> float:
-        """The lowest validation loss: runs are sorted by it."""
-        return float(self.best["val_loss"]) if self.best else math.inf
+        flags = read_json(path / "config.json").get("flags")
+        flags = {name: v for name, v in flags.items() if name in FIELDS} if isinstance(flags, dict) else {}
+        config, about = Config(**flags), {name: FIELDS[name].metadata for name in flags}
+        shaping = [name for name in flags if not {"free", "action"} & about[name].keys()]
+        needs = {name: NEEDS.get(about[name].get("needs"), (bool,))[0] for name in shaping}
+        self.flags = {name: str(flags[name]) for name in shaping if needs[name](config)}  # which have an effect
 
     def cells(self) -> dict[str, str]:
         """Return what the table says of it."""
-        cells = {
-            "run": self.path.name,
-            "state": "finished" if (self.path / "finished.json").is_file() else "unfinished",
-        }
+        state = "finished" if (self.path / "finished.json").is_file() else "unfinished"
+        cells = {"run": self.path.name, "state": state}
         if not self.best:
             return cells
         last, seconds, tokens = self.rows[-1], float(self.rows[-1]["seconds"]), float(self.rows[-1]["forward_tokens"])
@@ -4189,26 +4131,16 @@ def aligned_table(rows: list[dict[str, str]]) -> list[str]:
     """Return rows of cells as lines of text, a column for every name that occurs."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [names, *([row.get(name, "") for name in names] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
-
-
-def has_effect(flags: dict, name: str) -> bool:
-    """Return whether a flag is among a run's, and has an effect there."""
-    config = Config(**{each: value for each, value in flags.items() if each in FIELDS})
-    need = FIELDS[name].metadata.get("needs")
-    return name in flags and (need is None or NEEDS[need][0](config))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
 def compare(config: Config) -> int:
     """Print the table of --compare, the lowest loss first, with the flags that runs differ in, and draw the picture."""
-    found = sorted(
-        (Compared(path) for named in config.compare for path in run_directories(named)), key=lambda run: run.loss
-    )
-    shaping = [name for name, field in FIELDS.items() if not {"free", "action"} & field.metadata.keys()]
-    flags = [{name: str(run.flags[name]) for name in shaping if has_effect(run.flags, name)} for run in found]
-    differing = [name for name in shaping if len({own.get(name) for own in flags}) > 1]
-    flags = [{name: own.get(name, "") for name in differing} for own in flags]
+    found = [Compared(path) for named in config.compare for path in run_directories(named)]
+    found.sort(key=lambda run: run.loss)
+    differing = [name for name in FIELDS if len({run.flags.get(name) for run in found}) > 1]
+    flags = [{name: run.flags.get(name, "") for name in differing} for run in found]
     print("\n".join(aligned_table([run.cells() | own for run, own in zip(found, flags)])))
     if len({run.tokenizer for run in found if run.best}) > 1:
         print("\nthese runs have other tokens: compare bits/byte, not losses")
@@ -4220,19 +4152,15 @@ def compare(config: Config) -> int:
 
 def draw_comparison(found: list[tuple[Compared, str]], path: Path) -> Path:
     """Draw validation losses against steps, forward tokens and seconds; labels are what the runs differ in."""
-    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(14, 4.5), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
+    figure, panels = figure_of((14, 4.5), ("step", "forward tokens", "seconds"), "validation loss")
     for panel, column in zip(panels, ("step", "forward_tokens", "seconds")):
         for run, label in found:
             points = [(float(row[column]), float(row["val_loss"])) for row in run.validated]
             panel.plot(*zip(*points), label=label, lw=1.2, marker="o", ms=3)
         for level in {run.unigram for run, _ in found if run.unigram}:
             panel.axhline(level, color="gray", ls="--", lw=1, label="unigram")
-        panel.set_xlabel(column.replace("_", " "))
         panel.xaxis.set_major_formatter(lambda value, _: short(value) if value >= 1000 else f"{value:g}")
         panel.locator_params(axis="x", nbins=6)
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("validation loss (nats per token)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -4264,79 +4192,45 @@ def plan(config: Config, blocks: int, epoch: int) -> list[Phase]:
     each block, from new weights, by the run's mode; whatever is not in its stage is frozen. What could be read of the
     paper does not say what blocks to come are: here they are there, with their initial weights.
     """
-    if not config.layerwise:
-        total = config.max_steps or config.epochs * epoch
-        only = Phase(0, 0, total, config.scope, config.optimizer, config.learning_rate, config.kind.always)
-        phases = [only]
-    else:
-        phases, first = [], 0
-        scopes = ["embedding", *(f"blocks:{i}-{i}" for i in range(blocks))]
-        for name in ("stage_epochs", "stage_steps", "stage_learning_rates"):
-            given = len((getattr(config, name) or "1").split(","))
-            if given > len(scopes):
-                raise UsageError(
-                    f"--{name} {getattr(config, name)}: {given} numbers, and there are {len(scopes)} stages"
-                )
-        steps = numbers(config.stage_steps, int) if config.stage_steps else None
-        steps = steps or [n * epoch for n in numbers(config.stage_epochs, int)]
-        rates = numbers(config.stage_learning_rates or str(config.learning_rate), float)
-        for number, scope in enumerate(scopes):
-            end, rate = first + steps[min(number, len(steps) - 1)], rates[min(number, len(rates) - 1)]
-            optimizer = config.optimizer if number else config.embedding_optimizer or config.optimizer
-            phases.append(Phase(number, first, end, scope, optimizer, rate, number == 0 or config.kind.always))
-            first = end
-        if (config.max_steps or 0) > first:
-            raise UsageError(
-                f"--max_steps {config.max_steps}: the stages have {first} steps in all; lower it, or lengthen them"
-            )
-    if config.use_lr_scheduler and config.warmup_steps >= (length := min(phase.end - phase.first for phase in phases)):
+    scopes = ["embedding", *(f"blocks:{i}-{i}" for i in range(blocks))] if config.layerwise else [config.scope]
+
+    def by_stage(name: str, kind: type, text: str) -> list:
+        values = numbers(text, kind)
+        if len(values) > len(scopes):
+            raise UsageError(f"--{name} {text}: {len(values)} numbers, and there are {len(scopes)} stages")
+        return values + values[-1:] * (len(scopes) - len(values))
+
+    lengths, rates = [config.max_steps or config.epochs * epoch], [config.learning_rate]
+    if config.layerwise:
+        epochs = by_stage("stage_epochs", int, config.stage_epochs)
+        steps = config.stage_steps and by_stage("stage_steps", int, config.stage_steps)
+        lengths = steps or [count * epoch for count in epochs]
+        rates = by_stage("stage_learning_rates", float, config.stage_learning_rates or str(config.learning_rate))
+        if (config.max_steps or 0) > sum(lengths):
+            told = f"the stages have {sum(lengths)} steps in all; lower it, or lengthen them"
+            raise UsageError(f"--max_steps {config.max_steps}: {told}")
+    if config.use_lr_scheduler and config.warmup_steps >= (length := min(lengths)):
         what = "a stage" if config.layerwise else "the run"
         raise UsageError(f"--warmup_steps {config.warmup_steps}: as long as {what} of {length} steps; lower it")
+    phases, spans = [], itertools.pairwise(itertools.accumulate(lengths, initial=0))
+    for number, (scope, (first, end), rate) in enumerate(zip(scopes, spans, rates)):
+        optimizer = config.optimizer if number else config.embedding_optimizer or config.optimizer
+        always = config.kind.always or (config.layerwise and number == 0)
+        phases.append(Phase(number, first, end, scope, optimizer, rate, always))
     return phases
-
-
-@dataclass
-class Job:
-    """A run in place, nothing trained: what outlives its phases."""
-
-    config: Config
-    run: RunDirectory | None  # rank 0's
-    ranks: Ranks
-    corpus: Corpus
-    bp_corpus: Corpus
-    model: torch.nn.Module
-    objective: Objective
-    journal: Journal
-    unigram: float
-
-    def __post_init__(self):
-        self.group = query_group(self.config, self.model.config, self.objective.device)
-        epoch = self.corpus.blocks // self.config.batch_size
-        self.phases = plan(self.config, len(decoder_blocks(self.model)), epoch)
-        self.total = min(self.config.max_steps or self.phases[-1].end, self.phases[-1].end)
-
-    def phase(self, step: int) -> Phase:
-        """Return the phase that a step belongs to; the last one, of the step after the last."""
-        return next(
-            phase for phase in reversed(self.phases) if phase.first <= step and (phase.first < self.total or not step)
-        )
 
 
 def make_rule(setting: Setting, group: int, frequencies: np.ndarray) -> Rule:
     """Return the rule of steps that are not backpropagations."""
-    config = setting.config
-    family = config.family
-    if not family.perturbs_weights:
-        return family(setting, group)
+    config, inner = setting.config, None
+    if not config.family.perturbs_weights:
+        return config.family(setting, group)
     tensors = [tensor for tensor in setting.tensors if tensor is not setting.exact]
-    inner = None
     if config.query_budget_q and tensors:
-        chosen = family(config.rank)
+        chosen = config.family(config.rank)
         chosen.prepare(tensors, next((t for t in tensors if t is setting.head), None), frequencies)
         inner = QueryRule(setting, tensors, chosen, group)
-    if setting.exact is not None:
-        return ClosedFormHead(setting, inner)
-    return inner or Rule(setting, [])
+    return (inner or Rule(setting, [])) if setting.exact is None else ClosedFormHead(setting, inner)
 
 
 class Trainer:
@@ -4349,33 +4243,26 @@ class Trainer:
         closed = config.kind.queries and config.head == "closed_form"
         if (closed or (config.kind.queries and not config.family.perturbs_weights)) and not objective.sliced:
             raise UsageError(
-                "--head closed_form, --direction feedback: this model's logits are not its output "
-                "layer applied to its hidden "
-                "states; take --head estimated and --direction gaussian"
+                "--head closed_form, --direction feedback: this model's logits are not its output layer applied to its "
+                "hidden states; take --head estimated and --direction gaussian"
             )
         exact = next((t for t in tensors if closed and t.parameter is objective.head.weight), None)
         if closed and exact is None:
-            raise UsageError(
-                f"--head closed_form: --scope {config.scope} does not train the head; leave one of them out"
-            )
+            told = f"--scope {config.scope} does not train the head; leave one of them out"
+            raise UsageError(f"--head closed_form: {told}")
         how = {"decay": config.weight_decay, "outer": outer_parameters(model), "exact": exact}
         self.optimizer = Optimizer(phase.optimizer, tensors, objective.workers, **how)
         batches = (job.corpus.batch, job.bp_corpus.batch)
         setting = Setting(config, objective, tensors, exact, self.optimizer, job.ranks, *batches, self.factor)
         self.between = Rule(setting, []) if phase.always else make_rule(setting, job.group, job.corpus.frequencies)
         self.backpropagation = Backpropagation(setting, self.between if config.kind.guided else None)
+        self.parts = {"optimizer": self.optimizer, "rule": self.between}  # those whose state outlives the process
         moved = {t.index for t in (tensors if phase.always or config.kind.interval else self.between.trained)}
+        if not moved:
+            told = f"holds nothing that --direction {config.direction} can move; take gaussian"
+            raise UsageError(f"--scope {phase.scope}: {told}")
         self.trained = sum(tensor.parameter.numel() for tensor in tensors if tensor.index in moved)
         self.in_scope = sum(tensor.parameter.numel() for tensor in tensors)
-        if not moved:
-            raise UsageError(
-                f"--scope {phase.scope}: holds nothing that --direction {config.direction} can move; take gaussian"
-            )
-
-    @property
-    def registry(self) -> dict:
-        """Everything that has a state which outlives the process, by name."""
-        return {"optimizer": self.optimizer, "rule": self.between}
 
     def rule(self, step: int) -> Rule:
         """Return the rule of a step."""
@@ -4384,13 +4271,20 @@ class Trainer:
 
     def factor(self, step: int) -> float:
         """Return the schedule's factor of a step's rate."""
-        end = min(self.phase.end, self.job.total)
-        return schedule(self.config, step - self.phase.first, end - self.phase.first)
+        first, end = self.phase.first, min(self.phase.end, self.job.total)
+        return schedule(self.config, step - first, end - first)
 
-    def rate(self, step: int) -> float:
-        """Return the step size before anything is measured."""
-        guided = self.config.kind.interval and self.rule(step) is self.between
-        return (self.config.guided_learning_rate if guided else self.phase.learning_rate) * self.factor(step)
+    def measure(self, step: int) -> Record:
+        """Return the record of a step; nothing is changed."""
+        rule = self.rule(step)
+        guided = self.config.kind.interval and rule is self.between
+        rate = self.config.guided_learning_rate if guided else self.phase.learning_rate
+        return rule.measure(step, rate * self.factor(step))
+
+    def apply(self, record: Record) -> None:
+        """Update by a record."""
+        self.rule(record.step).finish(record)
+        self.settle(record.step)
 
     def settle(self, step: int) -> None:
         """Put the weights where the next step measures them from: so every step begins, and every checkpoint is."""
@@ -4399,53 +4293,100 @@ class Trainer:
         except FloatingPointError as error:
             raise NonFiniteError(f"step {step}: {error}; {LOWER_RATE}") from error
 
-    def measure(self, step: int) -> Record:
-        """Return the record of a step; nothing is changed."""
-        return self.rule(step).measure(step, self.rate(step))
-
-    def apply(self, record: Record) -> None:
-        """Update by a record."""
-        self.rule(record.step).finish(record)
-        self.settle(record.step)
-
     def state(self) -> dict[str, torch.Tensor]:
         """Return what a checkpoint holds beside the weights."""
-        states = {f"{part}/{name}": v for part, own in self.registry.items() for name, v in own.state_dict().items()}
-        return {name: value.contiguous() for name, value in states.items()}
+        own = {name: part.state_dict() for name, part in self.parts.items()}
+        return {f"{name}/{key}": value.contiguous() for name, state in own.items() for key, value in state.items()}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Take what `state` gave; raises UsageError where it does not fit this run."""
         try:
-            for part, own in self.registry.items():
-                start = f"{part}/"
-                own.load_state_dict(
-                    {name.removeprefix(start): v for name, v in state.items() if name.startswith(start)}
-                )
+            for name, part in self.parts.items():
+                start = f"{name}/"
+                part.load_state_dict({k.removeprefix(start): v for k, v in state.items() if k.startswith(start)})
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"the checkpoint's state does not fit this run ({first_line(error)})") from error
 
     def banner(self) -> list[str]:
         """Return what the phase trains, and how much of the gradient its steps see."""
-        config, phase = self.config, self.phase
-        what = [f"trains {short(self.trained)} of {short(self.in_scope)} parameters of scope {phase.scope}"]
-        if self.trained < self.in_scope:
-            what.append(f"warning: --direction {config.direction} can't move the rest")
+        config, phase, lines = self.config, self.phase, []
+        what = f"trains {short(self.trained)} of {short(self.in_scope)} parameters of scope {phase.scope}"
         if config.layerwise:
-            how = "backpropagation" if phase.always else "queries"
-            what[0] = (
-                f"stage {phase.number} of {len(self.job.phases) - 1}: {phase.scope}, steps "
-                f"{phase.first} to {phase.end - 1}, "
-                + (f"{how}, {phase.optimizer} {phase.learning_rate:g}; " + what[0])
-            )
-        return what + ([] if phase.always else self.between.about())
+            stage = f"stage {phase.number} of {len(self.job.phases) - 1}: {phase.scope}"
+            how = f"{'backpropagation' if phase.always else 'queries'}, {phase.optimizer} {phase.learning_rate:g}"
+            what = f"{stage}, steps {phase.first} to {phase.end - 1}, {how}; {what}"
+        if self.trained < self.in_scope:
+            lines = [f"warning: --direction {config.direction} can't move the rest"]
+        return [what, *lines, *([] if phase.always else self.between.about())]
 
 
-def opening_lines(job: Job, trainer: Trainer) -> list[str]:
-    """Return what a run says at its start."""
-    config, corpus, about = job.config, job.corpus, job.corpus.about
-    device = job.objective.device
+@dataclass
+class Job:
+    """A run in place: what outlives its phases, and where it is."""
+
+    config: Config
+    run: RunDirectory | None  # rank 0's
+    ranks: Ranks
+    corpus: Corpus
+    bp_corpus: Corpus
+    model: torch.nn.Module
+    objective: Objective
+    journal: Journal
+    unigram: float
+    done: int = 0  # steps
+    forward_tokens: int = 0
+    stage: int = 0  # of the checkpoint that it goes on from
+    state: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # the checkpoint's, beside the weights
+    trainer: Trainer | None = None  # of the phase entered
+
+    def __post_init__(self):
+        self.group = query_group(self.config, self.model.config, self.objective.device)
+        self.phases = plan(self.config, len(decoder_blocks(self.model)), self.corpus.blocks // self.config.batch_size)
+        self.total = min(self.config.max_steps or self.phases[-1].end, self.phases[-1].end)
+
+    def enter(self, say: bool = False) -> None:
+        """Begin, or go on with, the phase of the next step (after the last, the last one): with the checkpoint's state,
+        or from new weights.
+        """
+        done = self.done
+        phase = [each for each in self.phases if each.first <= done and (each.first < self.total or not done)][-1]
+        trainer = Trainer(self, phase)
+        if self.state and self.stage == phase.number:
+            trainer.load(self.state)
+        elif phase.number and done == phase.first:
+            initialize(self.model, self.config.seed, phase.number)
+        trainer.settle(done)
+        self.trainer, self.state = trainer, {}
+        for line in trainer.banner() if say else []:
+            log.info(f"step {done}: {line}")
+
+    def advance(self, say: bool = True) -> tuple[Record, bool]:
+        """Make a step, measured unless the journal has it. Returns its record, and whether it was measured."""
+        if self.done == self.trainer.phase.end:
+            self.enter(say)
+        self.ranks.heed(f"step {self.done}")
+        known = self.journal.get(self.done)
+        record = known or self.trainer.measure(self.done)
+        if known is None:
+            self.journal.append(record)
+        self.trainer.apply(record)
+        passes = self.trainer.rule(self.done).passes
+        self.forward_tokens += round(passes * self.config.batch_size * self.config.block_size)
+        self.done += 1
+        return record, known is None
+
+    def save(self, name: str = "", state: dict[str, torch.Tensor] | None = None) -> Path:
+        """Write a checkpoint."""
+        name, state = name or f"step_{self.done:08d}", self.trainer.state() if state is None else state
+        about = {"step": self.done, "stage": self.trainer.phase.number, "forward_tokens": self.forward_tokens}
+        return self.run.save_checkpoint(name, about, self.model, self.corpus.tokenizer, state)
+
+
+def opening(job: Job) -> None:
+    """Say what a run is."""
+    config, corpus, trainer, ranks, about = job.config, job.corpus, job.trainer, job.ranks, job.corpus.about
     kind = f"{type(job.model).__name__} from {config.init_from}" if config.init_from else f"Llama {config.model_size}"
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    threads = f", {torch.get_num_threads()} threads" if job.objective.device.type == "cpu" else ""
     rule = f"{config.mode}" + f", directions {config.direction}" * config.kind.queries
     rate = f"{config.optimizer} at {config.learning_rate:g}"
     if config.kind.interval:
@@ -4453,41 +4394,39 @@ def opening_lines(job: Job, trainer: Trainer) -> list[str]:
     curve = (
         f"warm-up {config.warmup_steps}, cosine to {config.min_lr:g}" if config.use_lr_scheduler else "constant rate"
     )
-    passes = sum(trainer.rule(step).passes for step in range(min(job.total, trainer.phase.end)))
-    forward = f", {short(passes * config.batch_size * config.block_size)} tokens through forward passes in all"
+    tokens = sum(trainer.rule(step).passes for step in range(min(job.total, trainer.phase.end)))
+    tokens *= config.batch_size * config.block_size
+    forward = "" if config.layerwise else f", {short(tokens)} tokens through forward passes in all"
     lines = [
         f"run directory {job.run.path}",
         f"mode {rule}; {rate}, {curve}",
         f"model: {kind}, {short(parameter_count(job.model))} parameters",
-        f"device: {device}{threads}, computing in {config.dtype}, weights in float32",
-        f"data: {config.dataset}, {sum(about['documents'].values())} documents, "
-        f"{short(about['tokens']['train'])} training tokens "
-        f"in {corpus.blocks} sequences, {len(corpus.validation_rows)} validation sequences used; tokenizer "
-        f"{config.tokenizer_name}, {len(corpus.tokenizer)} tokens",
-        f"steps: {job.total} of {config.batch_size} x {config.block_size} tokens"
-        + ("" if config.layerwise else forward),
+        f"device: {job.objective.device}{threads}, computing in {config.dtype}, weights in float32",
+        f"data: {config.dataset}, {sum(about['documents'].values())} documents, {short(about['tokens']['train'])} "
+        f"training tokens in {corpus.blocks} sequences, {len(corpus.validation_rows)} validation sequences used; "
+        f"tokenizer {config.tokenizer_name}, {len(corpus.tokenizer)} tokens",
+        f"steps: {job.total} of {config.batch_size} x {config.block_size} tokens{forward}",
     ]
     if config.init_from is None:
         lines.append(f"unigram: knowing only how frequent tokens are gives validation loss {job.unigram:.4f}")
-    if (ranks := job.ranks).size > 1:
+    if ranks.size > 1:
         each = "/".join(sorted({str(len(ranks.share(config.query_budget_q, rank))) for rank in range(ranks.size)}))
         lines.append(f"ranks: {ranks.size} processes; each measures {each} of a step's queries; files are rank 0's")
-    return lines + trainer.banner()
+    for line in lines + trainer.banner():
+        log.info(line)
 
 
-def check_space(job: Job, trainer: Trainer) -> None:
+def check_space(job: Job) -> None:
     """Raise StorageError where the checkpoints that are kept, and the one being written, don't fit on the disk."""
-    config, whole = job.config, parameter_count(job.model)
-    copies = max(1 if phase.optimizer == "sgd" else 3 for phase in job.phases) + config.kind.guided
-    each = 4 * copies * whole
+    config, whole = job.config, 4 * parameter_count(job.model)  # bytes of the weights
+    each = whole * (max(1 if phase.optimizer == "sgd" else 3 for phase in job.phases) + config.kind.guided)
     due = min(config.keep_checkpoints + 1, 1 + job.total // config.save_interval)
     due -= min(due, len(job.run.checkpoint_folders()))  # those of an earlier sitting make room
     free = shutil.disk_usage(job.run.path).free
-    if free < due * each + 8 * whole:
+    if free < due * each + 2 * whole:
         raise StorageError(
-            f"{job.run.path}: {short(free)}B are free, and {due} checkpoints of {short(each)}B and "
-            f"the best one are to be kept "
-            "there at a time; free space, set --log_dir, or lower --keep_checkpoints"
+            f"{job.run.path}: {short(free)}B are free, and {due} checkpoints of {short(each)}B and the best one are to "
+            "be kept there at a time; free space, set --log_dir, or lower --keep_checkpoints"
         )
 
 
@@ -4497,85 +4436,88 @@ DRAW_SECONDS = 60  # from one loss.png to the next, at validations
 class Account:
     """What rank 0 keeps beside the steps: validations, rows of metrics, the best and regular checkpoints, progress."""
 
-    def __init__(self, job: Job, start: Start):
-        self.job, self.run, self.config = job, job.run, job.config
-        self.there = {int(row["step"]) for row in self.run.rows}
-        self.best = min([float(row["val_loss"]) for row in self.run.rows if row["val_loss"]], default=math.inf)
-        self.below = any(float(row["val_loss"] or math.inf) < job.unigram for row in self.run.rows)
+    def __init__(self, job: Job):
+        self.job, self.run, self.config, rows = job, job.run, job.config, job.run.rows
+        self.there = {int(row["step"]) for row in rows}
+        self.best = float(best["val_loss"]) if (best := lowest(rows)) else math.inf
+        self.below = self.best < job.unigram
         self.ends = {job.total, *(phase.end for phase in job.phases)}
         self.trackers = Trackers(self.run)
-        self.before = float(self.run.rows[-1]["seconds"]) if self.run.rows else 0.0
+        self.before, self.started = float(rows[-1]["seconds"]) if rows else 0.0, job.done
         self.began = self.clock = time.perf_counter()
-        self.clocked, self.drawn = (start.step, start.forward_tokens), time.monotonic()
+        self.clocked, self.drawn = (job.done, job.forward_tokens), time.monotonic()
         self.bar = None
         if sys.stderr.isatty():
-            self.bar = tqdm.tqdm(total=job.total, initial=start.step, unit="step", dynamic_ncols=True)
+            self.bar = tqdm.tqdm(total=job.total, initial=job.done, unit="step", dynamic_ncols=True)
 
-    def open(self, trainer: Trainer) -> None:
+    def open(self) -> None:
         """Validate before the first step."""
-        if first := self.row(trainer, 0, None, 0):
+        if first := self.row(None):
             log.info(f"validation loss {float(first['val_loss']):.4f} before the first step")
         self.clock = time.perf_counter()
 
-    def row(self, trainer: Trainer, done: int, record: Record | None, forward_tokens: int) -> dict[str, str] | None:
-        """Write and return the row after `done` steps, if one is due and not there."""
-        job, config = self.job, self.config
+    def row(self, record: Record | None) -> dict[str, str] | None:
+        """Write and return the row after the steps done, the last with this record, if it is due and not there."""
+        job, config, done, rows = self.job, self.config, self.job.done, self.job.done * self.config.batch_size
         validated = done % config.eval_interval == 0 or done in self.ends
         if done in self.there or not (validated or done % config.log_interval == 0):
             return None
-        tokens = done * config.batch_size
-        met = trainer.between.guide_to_gradient
-        facts = {"step": done, "epoch": f"{tokens / job.corpus.blocks:.4f}", "data_tokens": tokens * config.block_size}
-        facts |= {"stage": trainer.phase.number} if config.layerwise else {}
-        facts |= {} if math.isnan(met) else {"guide_to_gradient": f"{met:.4f}"}
+        facts = {"step": done, "epoch": f"{rows / job.corpus.blocks:.4f}", "data_tokens": rows * config.block_size}
+        if config.layerwise:
+            facts["stage"] = job.trainer.phase.number
+        if not math.isnan(met := job.trainer.between.guide_to_gradient):
+            facts["guide_to_gradient"] = f"{met:.4f}"
+        if record is not None:
+            facts |= {name: f"{getattr(record, name):.6g}" for name in ("learning_rate", "grad_norm")}
+            facts["loss"] = f"{record.loss:.6f}"
+            if len(c := record.projected_grads[np.isfinite(record.projected_grads)]):
+                facts |= {"projected_grad_mean": f"{c.mean():.6g}", "projected_grad_std": f"{c.std():.6g}"}
         if validated:
             loss = validation_loss(job.objective, job.corpus)
             facts |= {"val_loss": f"{loss:.6f}", "val_bits_per_byte": f"{job.corpus.bits_per_byte(loss):.6f}"}
-            self._validated(trainer, done, loss, forward_tokens)
-        facts |= {"forward_tokens": forward_tokens, "seconds": f"{self.before + time.perf_counter() - self.began:.3f}"}
-        row = metrics_row(record, **facts, peak_memory_mib=f"{peak_memory_mib(job.objective.device):.0f}")
+            self._validated(loss)
+        facts["forward_tokens"] = job.forward_tokens
+        facts["seconds"] = f"{self.before + time.perf_counter() - self.began:.3f}"
+        facts["peak_memory_mib"] = f"{peak_memory_mib(job.objective.device):.0f}"
+        row = {name: str(facts.get(name, "")) for name in METRICS}
         self.run.add_row(row)
         self.trackers.row(row)
         self.there.add(done)
         return row
 
-    def _validated(self, trainer: Trainer, done: int, loss: float, forward_tokens: int) -> None:
+    def _validated(self, loss: float) -> None:
+        done = self.job.done
         if not self.below and loss < self.job.unigram and self.config.init_from is None:
             log.info(f"step {done}: validation loss {loss:.4f}, below the unigram loss for the first time")
             self.below = True
         if loss < self.best and done:
-            self.save(trainer, done, forward_tokens, "best", {})
+            self.job.save("best", {})
         self.best = min(self.best, loss)
 
-    def save(self, trainer: Trainer, done: int, forward_tokens: int, name: str = "", state: dict | None = None) -> Path:
-        """Write a checkpoint after `done` steps."""
-        about = {"step": done, "stage": trainer.phase.number, "forward_tokens": forward_tokens}
-        state = trainer.state() if state is None else state
-        return self.run.save_checkpoint(
-            name or f"step_{done:08d}", about, self.job.model, self.job.corpus.tokenizer, state
-        )
-
-    def step(self, trainer: Trainer, done: int, record: Record, forward_tokens: int, measured: bool) -> None:
+    def step(self, record: Record, measured: bool) -> None:
         """Keep account of a step; `measured` is whether it was not in the journal."""
-        config, row = self.config, self.row(trainer, done, record, forward_tokens)
+        config, job, done, row = self.config, self.job, self.job.done, self.row(record)
         if self.bar is not None:
             self.bar.update()
         if row is not None:
-            self._progress(row, done, forward_tokens)
+            self._progress(row)
         if not measured:  # replayed steps are no measure of those to come
-            self.clock, self.clocked = time.perf_counter(), (done, forward_tokens)
-        elif config.sample_interval and done % config.sample_interval == 0 and done < self.job.total:
-            self.sample(done)
+            self.clock, self.clocked = time.perf_counter(), (done, job.forward_tokens)
+        elif config.sample_interval and done % config.sample_interval == 0 and done < job.total:
+            self.sample()
         if measured and done % config.save_interval == 0:
-            self.save(trainer, done, forward_tokens)
+            job.save()
         if row and row["val_loss"] and time.monotonic() - self.drawn > DRAW_SECONDS:
             self.draw()
 
-    def _progress(self, row: dict[str, str], done: int, forward_tokens: int) -> None:
-        seconds, (step, tokens) = time.perf_counter() - self.clock, self.clocked
-        left = duration(seconds / max(1, done - step) * (self.job.total - done))
-        line = progress_line(row, (forward_tokens - tokens) / seconds)
-        log.log(logging.DEBUG if self.bar else logging.INFO, f"step {done}/{self.job.total}  {line}  ETA {left}")
+    def _progress(self, row: dict[str, str]) -> None:
+        seconds, job = time.perf_counter() - self.clock, self.job
+        steps, tokens = job.done - self.clocked[0], job.forward_tokens - self.clocked[1]
+        left = duration(seconds / max(1, steps) * (job.total - job.done))
+        line = f"loss {float(row['loss']):.4f}" + (f"  val {float(row['val_loss']):.4f}" if row["val_loss"] else "")
+        line += f"  lr {float(row['learning_rate']):.2e}  |g| {float(row['grad_norm']):.2e}"
+        line += f"  {short(tokens / seconds)} forward tok/s"
+        log.log(logging.DEBUG if self.bar else logging.INFO, f"step {job.done}/{job.total}  {line}  ETA {left}")
         if self.bar is not None:
             self.bar.set_postfix_str(line)
 
@@ -4584,10 +4526,10 @@ class Account:
         self.drawn = time.monotonic()
         return draw_loss(self.run, None if self.config.init_from else self.job.unigram)
 
-    def sample(self, done: int) -> None:
+    def sample(self) -> None:
         """Say what the model makes of --prompt."""
-        text = sample(self.job.model, self.job.corpus, self.config.prompt, done)
-        log.info(f"sample after step {done}: {json.dumps(text, ensure_ascii=False)}")
+        text = sample(self.job.model, self.job.corpus, self.config.prompt, self.job.done)
+        log.info(f"sample after step {self.job.done}: {json.dumps(text, ensure_ascii=False)}")
 
     def close(self) -> None:
         """Let the bar and the trackers go."""
@@ -4595,54 +4537,48 @@ class Account:
             self.bar.close()
         self.trackers.close()
 
-    def end(self, trainer: Trainer, done: int, forward_tokens: int, steps: int) -> None:
-        """Close the account after the last of `steps` steps, or that after which the run was stopped."""
-        job, run, config = self.job, self.run, self.config
-        if done == job.total or done == 0:
-            self.row(
-                trainer, done, job.journal.get(done - 1), forward_tokens
-            )  # unless metrics.csv was damaged, it is there
-        checkpoint, picture = self.save(trainer, done, forward_tokens), self.draw()
+    def end(self) -> None:
+        """Close the account after the last step, or that after which the run was stopped."""
+        job, run, config, done = self.job, self.run, self.config, self.job.done
+        if done in (0, job.total):
+            self.row(job.journal.get(done - 1))  # unless metrics.csv was damaged, it is there
+        checkpoint, picture = job.save(), self.draw()
         if done < job.total:
             log.info(f"stopped after step {done}; go on with: python {Path(__file__).name} --resume {run.path}")
             return
         if config.prompt is not None:
-            self.sample(done)
-        row = next(row for row in run.rows if int(row["step"]) == done)
-        validated = [each for each in run.rows if each["val_loss"]]
-        best = min(validated, key=lambda each: float(each["val_loss"]))
-        first, lowest, last = (float(each["val_loss"]) for each in (validated[0], best, row))
+            self.sample()
+        row, best = next(row for row in run.rows if int(row["step"]) == done), lowest(run.rows)
+        first = next(float(each["val_loss"]) for each in run.rows if each["val_loss"])
+        least, last = float(best["val_loss"]), float(row["val_loss"])
         log.info(
-            f"validation loss {first:.4f} at the start; best {lowest:.4f} at step {best['step']} (perplexity "
-            f"{perplexity(lowest):.1f}); last {last:.4f} (perplexity {perplexity(last):.1f}, "
+            f"validation loss {first:.4f} at the start; best {least:.4f} at step {best['step']} (perplexity "
+            f"{math.exp(min(least, 700)):.1f}); last {last:.4f} (perplexity {math.exp(min(last, 700)):.1f}, "
             f"{row['val_bits_per_byte']} bits a byte)"
         )
         if job.ranks.size > 1:
-            log.info(f"ranks: rank 0 sent the others {job.ranks.sent / max(1, steps):.0f} bytes a step")
+            bytes_sent = job.ranks.sent / max(1, done - self.started)
+            log.info(f"ranks: rank 0 sent the others {bytes_sent:.0f} bytes a step")
         best_folder = run.checkpoints / "best"
-        kept = f", lowest loss {best_folder}" if best_folder.exists() else ""
+        kept = f", lowest loss {best_folder}" * best_folder.exists()
         log.info(f"wrote {run.path / 'metrics.csv'}" + (f", {picture}" if picture else "") + f", {checkpoint}{kept}")
         if config.export_dir:
-            chosen, of = (best_folder, best) if config.export_best and best_folder.exists() else (checkpoint, row)
-            if config.export_best and chosen is checkpoint:
+            if config.export_best and not kept:
                 log.warning(
                     "--export_best: no step has a lower validation loss than the start; the last one is exported"
                 )
-            log.info(f"wrote {run.export(chosen, model_card(run, of, self._facts(trainer)))}")
-        values = {
-            name: float(value) if "." in value or "e" in value else int(value) for name, value in row.items() if value
-        }
-        with storing(run.path):
-            write_whole(run.path / "finished.json", json.dumps(values, indent=1) + "\n")
+            chosen, of = (best_folder, best) if config.export_best and kept else (checkpoint, row)
+            log.info(f"wrote {run.export(chosen, model_card(run, of, self._facts()))}")
+        run.write("finished.json", {name: json.loads(value) for name, value in row.items() if value})
 
-    def _facts(self, trainer: Trainer) -> dict[str, str]:
-        config, about = self.config, self.job.corpus.about
+    def _facts(self) -> dict[str, str]:
+        config, corpus, about = self.config, self.job.corpus, self.job.corpus.about
         return {
             "mode": config.mode + f", directions {config.direction}" * config.kind.queries,
             "initial weights": config.init_from or f"a new Llama of size {config.model_size}, seed {config.seed}",
-            "parameters": f"{short(parameter_count(self.job.model))}, {short(trainer.trained)} trained",
+            "parameters": f"{short(parameter_count(self.job.model))}, {short(self.job.trainer.trained)} trained",
             "data": f"{config.dataset}, {about['documents']['train']:,} documents, {about['tokens']['train']:,} tokens",
-            "tokenizer": f"{config.tokenizer_name}, {len(self.job.corpus.tokenizer):,} tokens",
+            "tokenizer": f"{config.tokenizer_name}, {len(corpus.tokenizer):,} tokens",
             "single-token frequencies give": f"{self.job.unigram:.4f}",
         }
 
@@ -4660,8 +4596,8 @@ def prepared(config: Config, run: RunDirectory | None, ranks: Ranks) -> Iterator
     if threads := cpu_threads(config, ranks):
         torch.set_num_threads(threads)
     with Workers(choose_device(config.device, ranks)) as workers:
-        corpus = prepare_corpus(config, config.source, given_tokenizer(config), workers.device)
-        unigram, bp_corpus = corpus.unigram_loss(), corpus
+        corpus = bp_corpus = prepare_corpus(config, config.source, given_tokenizer(config), workers.device)
+        unigram = corpus.unigram_loss()
         if config.bp_dataset and ranks.first:
             bp_corpus = prepare_corpus(config, config.sources[1], corpus.tokenizer, workers.device)
         model = build_model(config, corpus.tokenizer)
@@ -4682,163 +4618,102 @@ def quiet_libraries() -> None:
     importlib.import_module("transformers.utils.logging").disable_progress_bar()
 
 
-class Start(NamedTuple):
-    """Where training goes on: the step, the stage and state of its checkpoint, tokens through forward passes before."""
-
-    step: int
-    stage: int
-    forward_tokens: int
-    state: dict[str, torch.Tensor]
-
-
-def restored(job: Job) -> Start:
-    """Return where to go on, with the newest whole checkpoint's weights in the model, else the initial ones."""
-    start, load_file = Start(0, 0, 0, {}), importlib.import_module("safetensors.torch").load_file
+def restore(job: Job) -> None:
+    """Put the job where its newest whole checkpoint is; without one, it is at its start."""
+    load_file, journal, damaged = (
+        importlib.import_module("safetensors.torch").load_file,
+        job.journal,
+        job.journal.damaged,
+    )
     for folder in reversed(job.run.checkpoint_folders()):
         fault = folder_fault(folder)
         about = {} if fault else read_json(folder / "state.json")
-        if fault is None and about.get("run") != job.config.identity:
-            fault = "it is another run's"
-        if fault is None:
-            try:
-                weights = load_file(folder / "model.safetensors")
-                with torch.no_grad():
-                    for name, parameter in job.model.named_parameters():
-                        parameter.copy_(weights[name])
-                state = load_file(folder / "optimizer.safetensors")
-                start = Start(about["step"], about["stage"], about["forward_tokens"], state)
-                break
-            except (LookupError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-                raise UsageError(f"{folder}: does not fit this run ({first_line(error)})") from error
-        log.warning(f"passed over {folder}: {fault}")
-        set_aside(folder)
-    damaged = job.journal.damaged
-    known = job.journal.reach(start.step)
+        if fault or about.get("run") != job.config.identity:
+            another = "it is another run's"
+            log.warning(f"passed over {folder}: {fault or another}")
+            set_aside(folder)
+            continue
+        try:
+            weights = load_file(folder / "model.safetensors")
+            with torch.no_grad():
+                for name, parameter in job.model.named_parameters():
+                    parameter.copy_(weights[name])
+            job.state = load_file(folder / "optimizer.safetensors")
+            job.done, job.stage, job.forward_tokens = about["step"], about["stage"], about["forward_tokens"]
+            break
+        except (LookupError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+            raise UsageError(f"{folder}: does not fit this run ({first_line(error)})") from error
+    known = journal.reach(job.done)
     if damaged:
-        log.warning(f"{job.journal.path}: {damaged} damaged records, of no use")
+        log.warning(f"{journal.path}: {damaged} damaged records, of no use")
     if job.total < known:
         raise UsageError(f"--max_steps {job.total}: the run has reached step {known}; name a number from there on")
     job.run.keep_rows(known)
-    log.info(f"resuming from step {start.step}, then {known - start.step} steps from the journal")
-    return start
+    log.info(f"resuming from step {job.done}, then {known - job.done} steps from the journal")
 
 
-def together(job: Job, start: Start) -> Start:
-    """Bring all ranks to where rank 0 is, and check that they are alike; return where that is."""
-    ranks, journal = job.ranks, job.journal
+def unite(job: Job) -> None:
+    """Bring all ranks to where rank 0 is, and check that they are alike."""
+    ranks, journal, device = job.ranks, job.journal, job.objective.device
     if ranks.size == 1:
-        return start
-    shapes = {name: (value.dtype, value.shape) for name, value in start.state.items()}
-    ahead = [journal.get(step) for step in sorted(journal.places) if step >= start.step] if ranks.first else None
-    header, ahead = ranks.hand_out(((start[:3], shapes), ahead))
+        return
+    ahead = [journal.get(step) for step in sorted(journal.places) if step >= job.done]
+    shapes = {name: (value.dtype, value.shape) for name, value in job.state.items()}
+    where, shapes, ahead = ranks.hand_out(((job.done, job.stage, job.forward_tokens), shapes, ahead))
     if not ranks.first:
+        job.done, job.stage, job.forward_tokens = where
+        job.state = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
         journal.memory = {record.step: record for record in ahead}
-        start = Start(*header[0], {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in header[1].items()})
-    if start.step:
-        ranks.broadcast([*start.state.values(), *(p.data for p in job.model.parameters())], "at the start")
-    device = job.objective.device
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    if job.done:
+        ranks.broadcast([*job.state.values(), *(p.data for p in job.model.parameters())], "at the start")
     facts = {
         "tokens": file_digest(job.corpus.folder / MANIFEST)[:12],
-        "weights": sample_digest(job.model, job.config.seed, start.step)[:12],
+        "weights": sample_digest(job.model, job.config.seed, job.done)[:12],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "versions": versions,
+        "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
     }
     ranks.same(facts)
     ranks.sent = 0
-    return start
 
 
-def enter(job: Job, step: int, start: Start, say: bool = False) -> Trainer:
-    """Return the trainer of the phase that a step belongs to: with the checkpoint's state, or from new weights."""
-    phase = job.phase(step)
-    trainer = Trainer(job, phase)
-    if start.state and start.stage == phase.number:
-        trainer.load(start.state)
-    elif phase.number and step == phase.first:
-        initialize(job.model, job.config.seed, phase.number)
-    trainer.settle(step)
-    for line in trainer.banner() if say else []:
-        log.info(f"step {step}: {line}")
-    return trainer
-
-
-def check_ranks(job: Job, done: int) -> None:
-    """Raise RankError on all ranks where one has other weights after `done` steps."""
-    digests = job.ranks.gather(sample_digest(job.model, job.config.seed, done), f"step {done}")
+def check_ranks(job: Job) -> None:
+    """Raise RankError on all ranks where one has other weights than rank 0."""
+    digests = job.ranks.gather(sample_digest(job.model, job.config.seed, job.done), f"step {job.done}")
     if odd := [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]:
         raise RankError(
-            f"step {done}: other weights on rank {', '.join(odd)} than on rank 0; do all run on the "
-            f"same kind of device, with "
-            "the same versions? Start the ranks again with --resume to go on"
+            f"step {job.done}: other weights on rank {', '.join(odd)} than on rank 0; do all run on the same kind of "
+            "device, with the same versions? Start the ranks again with --resume to go on"
         )
 
 
-def advance(job: Job, trainer: Trainer, step: int) -> tuple[Record, bool]:
-    """Make a step: measure it, unless the journal has it, and apply its record; return that, and whether it was
-    measured.
-    """
-    job.ranks.heed(f"step {step}")
-    known = job.journal.get(step)
-    record = known or trainer.measure(step)
-    if known is None:
-        job.journal.append(record)
-    trainer.apply(record)
-    return record, known is None
-
-
-def train(job: Job, start: Start, trainer: Trainer) -> int:
-    """Make the steps from `start` to the last; those in the journal are applied without being measured. The exit
-    code.
-    """
-    config, ranks, done, tokens, code = job.config, job.ranks, start.step, start.forward_tokens, 0
-    account = Account(job, start) if job.run else None
-    batch = config.batch_size * config.block_size
+def train(job: Job) -> int:
+    """Make the steps to the last; those in the journal are applied without being measured. The exit code."""
+    config, ranks, code, account = job.config, job.ranks, 0, Account(job) if job.run else None
     ranks.stop.armed = True
     try:
-        if account and done == 0:
-            account.open(trainer)
-        while done < job.total:
-            trainer = enter(job, done, start, say=True) if done == trainer.phase.end else trainer
-            record, measured = advance(job, trainer, done)
-            tokens += round(trainer.rule(done).passes * batch)
-            done += 1
-            if done % config.sync_check_interval == 0 or done % config.save_interval == 0:
-                check_ranks(job, done)
+        if account and job.done == 0:
+            account.open()
+        while job.done < job.total:
+            record, measured = job.advance()
+            if job.done % config.sync_check_interval == 0 or job.done % config.save_interval == 0:
+                check_ranks(job)
             if account:
-                account.step(trainer, done, record, tokens, measured)
+                account.step(record, measured)
     except Interrupted as stop:
         code = 128 + stop.args[0]
     except NonFiniteError:
         if account and all(parameter.isfinite().all() for parameter in job.model.parameters()):
-            log.info(f"the weights before this step are kept in {account.save(trainer, done, tokens)}")
+            log.info(f"the weights before this step are kept in {job.save()}")
         raise
     finally:
         if account:
             account.close()
-    check_ranks(job, done)
+    check_ranks(job)
     ranks.relax()
     if account:
-        account.end(trainer, done, tokens, done - start.step)
+        account.end()
     ranks.gather(None, "at the end")  # whoever is first to go would have torchrun end the others
     return code
-
-
-def go(job: Job, resumed: bool) -> int:
-    """Train, from the start or from where the run was stopped; return the exit code."""
-    run, ranks = job.run, job.ranks
-    start = restored(job) if run and resumed else Start(0, 0, 0, {})
-    start = together(job, start)
-    trainer = enter(job, start.step, start)
-    if run is not None:
-        for line in opening_lines(job, trainer):
-            log.info(line)
-        check_space(job, trainer)
-        with storing(run.path):
-            (run.path / "finished.json").unlink(missing_ok=True)
-            run.write_config()
-    ranks.begin(job.config.rank_timeout)
-    return train(job, start, trainer)
 
 
 def newest_unfinished(log_dir: Path) -> Path:
@@ -4849,73 +4724,16 @@ def newest_unfinished(log_dir: Path) -> Path:
     return max(runs, key=lambda path: (path / "config.json").stat().st_mtime_ns)
 
 
-def dry_run(config: Config, ranks: Ranks) -> int:
-    """Do everything that a run does, once, in a run directory that does not stay; say what the whole run would take."""
-    run = RunDirectory.create(dataclasses.replace(config, run_name="dry_run"))
-    try:
-        with contextlib.closing(run), prepared(config, run, ranks) as job:
-            rehearse(job)
-    finally:
-        shutil.rmtree(run.path, ignore_errors=True)
-    return 0
-
-
-def rehearse(job: Job) -> None:
-    """Make two steps, a validation, a checkpoint written and read back; say what they took, and what a whole run
-    would.
-    """
-    config, total, seconds = job.config, job.total, []
-
-    def timed(act: Callable):
-        began = time.perf_counter()
-        result = act()
-        seconds.append(time.perf_counter() - began)
-        return result
-
-    start = Start(0, 0, 0, {})
-    trainer = enter(job, 0, start)
-    for line in opening_lines(job, trainer):
-        log.info(line)
-    loss = timed(lambda: validation_loss(job.objective, job.corpus))
-    second = job.phases[1].first if config.layerwise and job.phases[1].first < total else 1
-    for step in (0, second):  # the first of an Instruct run is its backpropagation, of a layerwise run the embedding's
-        trainer = enter(job, step, start) if step >= trainer.phase.end else trainer
-        timed(lambda trainer=trainer, step=step: trainer.apply(trainer.measure(step)))
-    folder = timed(lambda: Account(job, start).save(trainer, second + 1, 0))
-    if fault := folder_fault(folder):
-        raise StorageError(f"{folder}: read back, the checkpoint is not what was written: {fault}")
-    validation, first, other, saving = seconds
-    backward = sum(trainer.rule(step) is trainer.backpropagation for step in range(total))
-    backward = min(second, total) if config.layerwise else backward
-    stepping = first * backward + other * (total - backward)
-    whole = stepping + validation * (2 + total // config.eval_interval) + saving * (1 + total // config.save_interval)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    kept = min(config.keep_checkpoints, 1 + total // config.save_interval) + 1
-    log.info(
-        f"dry run: validation loss {loss:.4f} ({validation:.2f} s), two steps ({first:.2f} s and "
-        f"{other:.2f} s), a checkpoint "
-        f"written and read back ({saving:.2f} s, {short(size)}B)"
-    )
-    log.info(
-        f"the whole run: {total} steps in about {duration(whole)}; disk {short(kept * size)}B ({kept} "
-        f"checkpoints); peak memory "
-        f"so far {peak_memory_mib(job.objective.device):.0f} MiB"
-    )
-    log.info("nothing was kept but the tokens")
-
-
 def resumed_config(wanted: Config, given: set[str], path: Path) -> Config:
     """Return the run's own flags with what may be changed; raises UsageError, which lists what may not."""
     stored = read_config(path)
-    changes = {
-        name: getattr(wanted, name) for name in given if "action" not in FIELDS[name].metadata and name != "log_dir"
-    }
-    changes = {name: value for name, value in changes.items() if value != getattr(stored, name)}
-    refused = {name for name in changes if "free" not in FIELDS[name].metadata}
-    refused |= {"epochs"} & set(changes) if stored.layerwise else set()
-    refused |= {"epochs", "max_steps"} & set(changes) if stored.use_lr_scheduler else set()
-    if refused:
-        lines = [f"--{name} {changes[name]}: the run has {getattr(stored, name)}" for name in sorted(refused)]
+    given = {name for name in given if "action" not in FIELDS[name].metadata} - {"log_dir"}
+    changes = {name: getattr(wanted, name) for name in given if getattr(wanted, name) != getattr(stored, name)}
+    fixed = {name for name in changes if "free" not in FIELDS[name].metadata}
+    fixed |= {"epochs"} if stored.layerwise else set()
+    fixed |= {"epochs", "max_steps"} if stored.use_lr_scheduler else set()
+    if refused := sorted(fixed & set(changes)):
+        lines = [f"--{name} {changes[name]}: the run has {getattr(stored, name)}" for name in refused]
         raise UsageError("\n".join([f"--resume {path}: these flags shape the result and can't change", *lines]))
     config = dataclasses.replace(stored, **changes)
     if faults := useless_flags(config, set(changes)) + folder_faults(config):
@@ -4934,16 +4752,76 @@ def run_or_resume(config: Config, given: set[str], ranks: Ranks) -> int:
     try:
         flags = ranks.hand_out(dataclasses.asdict(run.config) if run else None)
         with prepared(Config(**flags), run, ranks) as job:
-            return go(job, config.resume is not None)
+            if run and config.resume:
+                restore(job)
+            unite(job)
+            job.enter()
+            if run:
+                opening(job)
+                check_space(job)
+                with storing(run.path):
+                    (run.path / "finished.json").unlink(missing_ok=True)
+                run.write_config()
+            ranks.begin(job.config.rank_timeout)
+            return train(job)
     finally:
         if run is not None:
             run.close()
             journal = run.path / "journal.jsonl"
-            begun = journal.exists() and journal.stat().st_size > 0
-            if (
-                not config.resume and not begun and not run.checkpoint_folders()
-            ):  # training never began: there is nothing to keep
+            begun = (journal.exists() and journal.stat().st_size > 0) or run.checkpoint_folders()
+            if not config.resume and not begun:  # there is nothing to keep
                 shutil.rmtree(run.path, ignore_errors=True)
+
+
+def dry_run(config: Config, ranks: Ranks) -> int:
+    """Do everything that a run does, once, in a run directory that does not stay; say what the whole run would take."""
+    run = RunDirectory.create(dataclasses.replace(config, run_name="dry_run"))
+    try:
+        with contextlib.closing(run), prepared(config, run, ranks) as job:
+            rehearse(job)
+    finally:
+        shutil.rmtree(run.path, ignore_errors=True)
+    return 0
+
+
+def rehearse(job: Job) -> None:
+    """Say what two steps, a validation, a checkpoint written and read back take, and what a whole run would."""
+    config, total, seconds = job.config, job.total, []
+
+    def timed(act: Callable):
+        began = time.perf_counter()
+        result = act()
+        seconds.append(time.perf_counter() - began)
+        return result
+
+    job.enter()
+    opening(job)
+    loss = timed(lambda: validation_loss(job.objective, job.corpus))
+    second = job.phases[1].first if config.layerwise and job.phases[1].first < total else 1
+    for step in (0, second):  # the first of an Instruct run is its backpropagation, of a layerwise run the embedding's
+        job.done = step
+        if job.done >= job.trainer.phase.end:
+            job.enter()
+        timed(lambda: job.trainer.apply(job.trainer.measure(job.done)))
+    job.done = second + 1
+    folder = timed(job.save)
+    if fault := folder_fault(folder):
+        raise StorageError(f"{folder}: read back, the checkpoint is not what was written: {fault}")
+    validation, first, other, saving = seconds
+    backward = sum(job.trainer.rule(step) is job.trainer.backpropagation for step in range(total))
+    backward = min(second, total) if config.layerwise else backward
+    validations, saves = 2 + total // config.eval_interval, 1 + total // config.save_interval
+    whole = first * backward + other * (total - backward) + validation * validations + saving * saves
+    size, kept = sum(path.stat().st_size for path in folder.iterdir()), min(config.keep_checkpoints, saves) + 1
+    log.info(
+        f"dry run: validation loss {loss:.4f} ({validation:.2f} s), two steps ({first:.2f} s and {other:.2f} s), a "
+        f"checkpoint written and read back ({saving:.2f} s, {short(size)}B)"
+    )
+    log.info(
+        f"the whole run: {total} steps in about {duration(whole)}; disk {short(kept * size)}B ({kept} checkpoints); "
+        f"peak memory so far {peak_memory_mib(job.objective.device):.0f} MiB"
+    )
+    log.info("nothing was kept but the tokens")
 
 
 def replay(wanted: Config, ranks: Ranks) -> int:
@@ -4953,62 +4831,49 @@ def replay(wanted: Config, ranks: Ranks) -> int:
     config = dataclasses.replace(config, **beside)
     run = RunDirectory(Path(wanted.replay), config)
     with contextlib.closing(run), prepared(config, run, ranks) as job:
-        journal = job.journal
-        last = max(journal.places, default=-1) + 1
-        step = last if wanted.replay_step is None else wanted.replay_step
-        missing = next((each for each in range(step) if journal.get(each) is None), None)
+        journal, step = job.journal, wanted.replay_step
+        step = max(journal.places, default=-1) + 1 if step is None else step
+        missing = next((each for each in range(step) if each not in journal.places), None)
         if missing is not None:
-            raise UsageError(
-                f"--replay: {journal.path} has no whole record of step {missing}; --replay_step {missing} works"
-            )
-        began, start = time.perf_counter(), Start(0, 0, 0, {})
-        trainer, tokens = enter(job, 0, start), 0
-        for done in range(step):
-            if done == trainer.phase.end:
-                trainer = enter(job, done, start)
-            trainer.apply(journal.get(done))
-            tokens += round(trainer.rule(done).passes * config.batch_size * config.block_size)
-        return replay_report(job, trainer, step, tokens, time.perf_counter() - began)
+            told = f"{journal.path} has no whole record of step {missing}; --replay_step {missing} works"
+            raise UsageError(f"--replay: {told}")
+        began = time.perf_counter()
+        job.enter()
+        while job.done < step:
+            job.advance(say=False)
+        return replay_report(job, time.perf_counter() - began)
 
 
-def replay_report(job: Job, trainer: Trainer, step: int, tokens: int, took: float) -> int:
+def replay_report(job: Job, took: float) -> int:
     """Write the replayed model under replay/ and compare it with the run's checkpoint of that step, if there is one."""
-    run, name = job.run, f"step_{step:08d}"
+    run, step, name = job.run, job.done, f"step_{job.done:08d}"
     own, run.checkpoints = run.checkpoints / name, run.path / "replay"
     with storing(run.checkpoints):
         shutil.rmtree(run.checkpoints / name, ignore_errors=True)  # an earlier replay's
         run.checkpoints.mkdir(exist_ok=True)
-    about = {"step": step, "stage": trainer.phase.number, "forward_tokens": tokens}
-    written = run.save_checkpoint(name, about, job.model, job.corpus.tokenizer, trainer.state())
+    written = job.save()
     log.info(f"replayed {step} steps in {took:.1f} s; wrote {written}")
     trained = [float(row["seconds"]) for row in run.rows if int(row["step"]) == step]
     if trained and took > 0:
         log.info(f"training took {trained[0]:.1f} s with its validations: {trained[0] / took:.1f} times as long")
     size, journal = sum(path.stat().st_size for path in written.iterdir()), job.journal.path.stat().st_size
-    log.info(
-        f"the journal has {journal / max(1, len(job.journal.places)):.0f} bytes a step, {journal} in "
-        f"all; a checkpoint {size}"
-    )
+    each = journal / max(1, len(job.journal.places))
+    log.info(f"the journal has {each:.0f} bytes a step, {journal} in all; a checkpoint {size}")
     if not own.is_dir():
         log.info(f"nothing to compare with: the run keeps no checkpoint of step {step}")
         return 0
     if fault := folder_fault(own):
         log.info(f"can't be compared with {own}: {fault}")
         return 1
-    same = all(
-        file_digest(own / each) == file_digest(written / each)
-        for each in ("model.safetensors", "optimizer.safetensors")
-    )
-    log.info(
-        f"bitwise {'equal to' if same else 'DIFFERENT from'} the run's own {own}"
-        + "; was it made on another machine?" * (not same)
-    )
+    files = ("model.safetensors", "optimizer.safetensors")
+    same = all(file_digest(own / each) == file_digest(written / each) for each in files)
+    verdict, doubt = ("equal to", "") if same else ("DIFFERENT from", "; was it made on another machine?")
+    log.info(f"bitwise {verdict} the run's own {own}{doubt}")
     return 0 if same else 1
 
 
 def tune_process() -> None:
-    """Set what must precede the import of torch; the first and the last are worth a quarter of a batched step on two
-    cores.
+    """Set what must precede the import of torch; the first and last are worth 1/4 of a batched step on two cores.
 
     Idle OpenMP threads sleep instead of spinning on cores that workers use, and glibc keeps freed memory instead of
     returning it to the system, so that large temporaries are not paid for in page faults at every layer.
@@ -5041,10 +4906,9 @@ OUT_OF_MEMORY = "start a run with a lower --batch_size, --block_size or --model_
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; errors are lines on standard error, the value is the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    ranks, console = Ranks(), Console()
+    ranks, console, debug = Ranks(), Console(logging.INFO), "--debug" in argv
     log.setLevel(logging.DEBUG)
     log.propagate = False
-    console.setLevel(logging.INFO)
     log.addHandler(console if ranks.first else logging.NullHandler())
     try:
         tune_process()
@@ -5053,11 +4917,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 config, given = ranks.agreed(lambda: parse_config(argv))
                 return run_one(config, given, ranks)
             except (MemoryError, RuntimeError) as error:
-                if isinstance(error, RunError) or not is_out_of_memory(error) or "--debug" in argv:
+                if isinstance(error, RunError) or not is_out_of_memory(error) or debug:
                     raise
                 raise UsageError(f"out of memory ({first_line(error)}); {OUT_OF_MEMORY}") from error
     except RunError as error:
-        if "--debug" in argv:
+        if debug:
             traceback.print_exc()
         if ranks.farewell(error):
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
