@@ -3829,12 +3829,11 @@ class RunDirectory:
         self.handler.close()
         self.lock.release()
 
-    def write(self, name: str, content: bytes | str | dict) -> Path:
-        """Write a file of the folder whole or not at all; a dict as JSON. Returns its path."""
-        content = json.dumps(content, indent=1) + "\n" if isinstance(content, dict) else content
+    def write(self, name: str, content: str | dict) -> None:
+        """Write a file of the folder, at once or not at all; a dict as JSON."""
         with storing(self.path / name):
-            write_whole(self.path / name, content)
-        return self.path / name
+            text = json.dumps(content, indent=1) + "\n" if isinstance(content, dict) else content
+            write_whole(self.path / name, text)
 
     def write_config(self) -> None:
         """Write config.json: every flag, with a digest, and what it ran on (git_commit is None outside git)."""
@@ -3863,15 +3862,12 @@ class RunDirectory:
             self.keep_rows(max(steps))
         else:
             with storing(path), open(path, "a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, METRICS, lineterminator="\n").writerow(row)
+                file.write(",".join(row.values()) + "\n")
 
     def keep_rows(self, last_step: int) -> None:
         """Write metrics.csv anew with the rows up to a step."""
-        self.rows, content = [row for row in self.rows if int(row["step"]) <= last_step], io.StringIO()
-        writer = csv.DictWriter(content, METRICS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        self.write("metrics.csv", content.getvalue())
+        self.rows = [row for row in self.rows if int(row["step"]) <= last_step]
+        self.write("metrics.csv", "".join(",".join(line) + "\n" for line in (METRICS, *map(dict.values, self.rows))))
 
     def save_checkpoint(self, name: str, about: dict, model, tokenizer, state: dict[str, torch.Tensor]) -> Path:
         """Write a checkpoint folder, whole or not there: staged beside its place, flushed, manifest last, renamed.
@@ -3981,51 +3977,49 @@ def lowest(rows: list[dict[str, str]]) -> dict[str, str] | None:
     return min((row for row in rows if row["val_loss"]), key=lambda row: float(row["val_loss"]), default=None)
 
 
-def figure_of(size: tuple[float, float], axes: Sequence[str], losses: str) -> tuple:
-    """Return a matplotlib figure, and its panels with these axes side by side over one of losses."""
+@contextlib.contextmanager
+def picture(path: Path, size: tuple[float, float], axes: Sequence[str], losses: str) -> Iterator[tuple]:
+    """Yield a matplotlib figure and its panels, which have these axes and share one of losses; then write it."""
     figure = importlib.import_module("matplotlib.figure").Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(axes), sharey=True)
     panels[0].set_ylabel(f"{losses} (nats per token)")
     for panel, label in zip(panels, axes):
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
-    return figure, panels
-
-
-def png(figure) -> bytes:
-    """Return a matplotlib figure as a file's content."""
-    content = io.BytesIO()
-    figure.savefig(content, dpi=120, format="png")
-    return content.getvalue()
+    yield figure, panels
+    figure.savefig(content := io.BytesIO(), dpi=120, format="png")
+    with storing(path):
+        write_whole(path, content.getvalue())
 
 
 def draw_loss(run: RunDirectory, unigram: float | None) -> Path | None:
     """Draw loss.png: losses against steps and against forward tokens; None before the first step."""
     if len(run.rows) < 2:
         return None
-    figure, panels = figure_of((10, 4), ("step", "forward tokens (backpropagation counts 3)"), "loss")
-    for panel, column in zip(panels, ("step", "forward_tokens")):
-        trained = [(float(row[column]), float(row["loss"])) for row in run.rows if row["loss"]]
-        validated = [(float(row[column]), float(row["val_loss"])) for row in run.rows if row["val_loss"]]
-        at, losses = zip(*trained)
-        total, weight, smoothed = 0.0, 0.0, []  # a running mean, without the start's bias
-        for loss in losses:
-            total, weight = 0.9 * total + loss, 0.9 * weight + 1
-            smoothed.append(total / weight)
-        panel.plot(at, losses, color="tab:blue", alpha=0.25, lw=1)
-        panel.plot(at, smoothed, color="tab:blue", lw=1.2, label="training, smoothed")
-        panel.plot(*zip(*validated), color="tab:orange", marker="o", ms=3, label="validation")
-        for before, after in itertools.pairwise(run.rows):
-            if before["stage"] != after["stage"]:
-                panel.axvline(float(before[column]), color="black", ls=":", lw=0.8)
-        if unigram is not None:
-            panel.axhline(unigram, color="gray", ls="--", lw=1, label="unigram")
-    panels[0].legend()
-    config = run.config
-    about = f"q {config.query_budget_q}, {config.direction}, " if config.kind.queries else ""
-    about += f"{config.optimizer} {config.learning_rate:g}, {config.dataset}"
-    figure.suptitle(f"{config.mode} {config.model_name}, {about}")
-    return run.write("loss.png", png(figure))
+    path, axes = run.path / "loss.png", ("step", "forward tokens (backpropagation counts 3)")
+    with picture(path, (10, 4), axes, "loss") as (figure, panels):
+        for panel, column in zip(panels, ("step", "forward_tokens")):
+            trained = [(float(row[column]), float(row["loss"])) for row in run.rows if row["loss"]]
+            validated = [(float(row[column]), float(row["val_loss"])) for row in run.rows if row["val_loss"]]
+            at, losses = zip(*trained)
+            total, weight, smoothed = 0.0, 0.0, []  # a running mean, without the start's bias
+            for loss in losses:
+                total, weight = 0.9 * total + loss, 0.9 * weight + 1
+                smoothed.append(total / weight)
+            panel.plot(at, losses, color="tab:blue", alpha=0.25, lw=1)
+            panel.plot(at, smoothed, color="tab:blue", lw=1.2, label="training, smoothed")
+            panel.plot(*zip(*validated), color="tab:orange", marker="o", ms=3, label="validation")
+            for before, after in itertools.pairwise(run.rows):
+                if before["stage"] != after["stage"]:
+                    panel.axvline(float(before[column]), color="black", ls=":", lw=0.8)
+            if unigram is not None:
+                panel.axhline(unigram, color="gray", ls="--", lw=1, label="unigram")
+        panels[0].legend()
+        config = run.config
+        about = f"q {config.query_budget_q}, {config.direction}, " if config.kind.queries else ""
+        about += f"{config.optimizer} {config.learning_rate:g}, {config.dataset}"
+        figure.suptitle(f"{config.mode} {config.model_name}, {about}")
+    return path
 
 
 class Trackers:
@@ -4035,7 +4029,7 @@ class Trackers:
         self.run, self.sinks = run, {}
         for name in ["tensorboard"] * run.config.tensorboard + [run.config.track] * bool(run.config.track):
             with self._guarded(name):
-                self.sinks[name] = self._tensorboard() if name == "tensorboard" else self._tracker(name)
+                self.sinks[name] = self._begun(name)
 
     @contextlib.contextmanager
     def _guarded(self, name: str) -> Iterator[None]:
@@ -4045,15 +4039,15 @@ class Trackers:
             self.sinks.pop(name, None)
             log.warning(f"{name} failed and is left out from here on: {first_line(error)}")
 
-    def _tensorboard(self) -> tuple[Callable, Callable]:
-        begin = int(self.run.rows[-1]["step"]) + 1 if self.run.rows else None
-        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.run.path, purge_step=begin)
-        return lambda step, values: [writer.add_scalar(name, v, step) for name, v in values.items()], writer.close
-
-    def _tracker(self, name: str) -> tuple[Callable, Callable]:
-        module, run, flags = importlib.import_module(name), self.run.path.name, dataclasses.asdict(self.run.config)
-        same_run = {"id": run} if name == "wandb" else {}
-        module.init(project="reproduce_zo_paper", name=run, config=flags, resume="allow", **same_run)
+    def _begun(self, name: str) -> tuple[Callable, Callable]:
+        path, rows = self.run.path, self.run.rows
+        if name == "tensorboard":
+            begin = int(rows[-1]["step"]) + 1 if rows else None
+            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(path, purge_step=begin)
+            return lambda step, values: [writer.add_scalar(key, v, step) for key, v in values.items()], writer.close
+        module, flags = importlib.import_module(name), dataclasses.asdict(self.run.config)
+        same_run = {"id": path.name} if name == "wandb" else {}
+        module.init(project="reproduce_zo_paper", name=path.name, config=flags, resume="allow", **same_run)
         return lambda step, values: module.log(values, step=step), module.finish
 
     def row(self, row: dict[str, str]) -> None:
@@ -4067,28 +4061,6 @@ class Trackers:
         for name, (_, close) in list(self.sinks.items()):
             with self._guarded(name):
                 close()
-
-
-def model_card(run: RunDirectory, row: dict[str, str], facts: dict[str, str]) -> str:
-    """Return README.md of an exported model: where it comes from, what it reached, and metadata that the hub reads."""
-    config, changed = run.config, run.config.changed("epochs", "max_steps")
-    metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [zeroth-order]"]
-    if config.init_from and not Path(config.init_from).is_dir():
-        metadata.append(f"base_model: {config.init_from}")
-    if config.source.hub:
-        metadata.append(f"datasets: [{config.source.hub.path}]")
-    first = next(each for each in run.rows if each["val_loss"])
-    facts = facts | {
-        "steps": row["step"],
-        "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g}",
-        "tokens of data": f"{int(row['data_tokens']):,}",
-        "tokens through forward passes": f"{int(row['forward_tokens']):,}",
-        "validation loss, first to last": f"{float(first['val_loss']):.4f} to {float(row['val_loss']):.4f}",
-    }
-    words = " ".join(f"--{name}" + f" {value}" * (value is not True) for name, value in changed.items()) or "none"
-    lines = ["---", *metadata, "---", "", f"# {run.path.name}", "", "Trained by reproduce_zo_paper.py.", ""]
-    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
-    return "\n".join([*lines, "Flags that are not the defaults:", "", f"    {words}", ""])
 
 
 class Compared:
@@ -4127,21 +4099,17 @@ class Compared:
         }
 
 
-def aligned_table(rows: list[dict[str, str]]) -> list[str]:
-    """Return rows of cells as lines of text, a column for every name that occurs."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [names, *([row.get(name, "") for name in names] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-
-
 def compare(config: Config) -> int:
     """Print the table of --compare, the lowest loss first, with the flags that runs differ in, and draw the picture."""
     found = [Compared(path) for named in config.compare for path in run_directories(named)]
     found.sort(key=lambda run: run.loss)
     differing = [name for name in FIELDS if len({run.flags.get(name) for run in found}) > 1]
     flags = [{name: run.flags.get(name, "") for name in differing} for run in found]
-    print("\n".join(aligned_table([run.cells() | own for run, own in zip(found, flags)])))
+    rows = [run.cells() | own for run, own in zip(found, flags)]
+    columns = [[name, *(row.get(name, "") for row in rows)] for name in dict.fromkeys(itertools.chain(*rows))]
+    widths = [max(map(len, column)) for column in columns]
+    for line in zip(*columns):
+        print("  ".join(map(str.ljust, line, widths)).rstrip())
     if len({run.tokenizer for run in found if run.best}) > 1:
         print("\nthese runs have other tokens: compare bits/byte, not losses")
     drawn = [(run, ", ".join(f"{n} {v}" for n, v in own.items()) or run.path.name) for run, own in zip(found, flags)]
@@ -4152,19 +4120,18 @@ def compare(config: Config) -> int:
 
 def draw_comparison(found: list[tuple[Compared, str]], path: Path) -> Path:
     """Draw validation losses against steps, forward tokens and seconds; labels are what the runs differ in."""
-    figure, panels = figure_of((14, 4.5), ("step", "forward tokens", "seconds"), "validation loss")
-    for panel, column in zip(panels, ("step", "forward_tokens", "seconds")):
-        for run, label in found:
-            points = [(float(row[column]), float(row["val_loss"])) for row in run.validated]
-            panel.plot(*zip(*points), label=label, lw=1.2, marker="o", ms=3)
-        for level in {run.unigram for run, _ in found if run.unigram}:
-            panel.axhline(level, color="gray", ls="--", lw=1, label="unigram")
-        panel.xaxis.set_major_formatter(lambda value, _: short(value) if value >= 1000 else f"{value:g}")
-        panel.locator_params(axis="x", nbins=6)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, png(figure))
+    with picture(path, (14, 4.5), ("step", "forward tokens", "seconds"), "validation loss") as (figure, panels):
+        for panel, column in zip(panels, ("step", "forward_tokens", "seconds")):
+            for run, label in found:
+                points = [(float(row[column]), float(row["val_loss"])) for row in run.validated]
+                panel.plot(*zip(*points), label=label, lw=1.2, marker="o", ms=3)
+            for level in {run.unigram for run, _ in found if run.unigram}:
+                panel.axhline(level, color="gray", ls="--", lw=1, label="unigram")
+            panel.xaxis.set_major_formatter(lambda value, _: short(value) if value >= 1000 else f"{value:g}")
+            panel.locator_params(axis="x", nbins=6)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return path
 
 
@@ -4345,9 +4312,7 @@ class Job:
         self.total = min(self.config.max_steps or self.phases[-1].end, self.phases[-1].end)
 
     def enter(self, say: bool = False) -> None:
-        """Begin, or go on with, the phase of the next step (after the last, the last one): with the checkpoint's state,
-        or from new weights.
-        """
+        """Begin the phase of the next step (at the end, the last), or go on with it by the checkpoint's state."""
         done = self.done
         phase = [each for each in self.phases if each.first <= done and (each.first < self.total or not done)][-1]
         trainer = Trainer(self, phase)
@@ -4375,9 +4340,9 @@ class Job:
         self.done += 1
         return record, known is None
 
-    def save(self, name: str = "", state: dict[str, torch.Tensor] | None = None) -> Path:
-        """Write a checkpoint."""
-        name, state = name or f"step_{self.done:08d}", self.trainer.state() if state is None else state
+    def save(self, best: bool = False) -> Path:
+        """Write a checkpoint; the best one is of weights alone."""
+        name, state = ("best", {}) if best else (f"step_{self.done:08d}", self.trainer.state())
         about = {"step": self.done, "stage": self.trainer.phase.number, "forward_tokens": self.forward_tokens}
         return self.run.save_checkpoint(name, about, self.model, self.corpus.tokenizer, state)
 
@@ -4391,15 +4356,13 @@ def opening(job: Job) -> None:
     rate = f"{config.optimizer} at {config.learning_rate:g}"
     if config.kind.interval:
         rate += f", between backpropagations (every {config.bp_interval} steps) at {config.guided_learning_rate:g}"
-    curve = (
-        f"warm-up {config.warmup_steps}, cosine to {config.min_lr:g}" if config.use_lr_scheduler else "constant rate"
-    )
+    how = f"warm-up {config.warmup_steps}, cosine to {config.min_lr:g}" if config.use_lr_scheduler else "constant rate"
     tokens = sum(trainer.rule(step).passes for step in range(min(job.total, trainer.phase.end)))
     tokens *= config.batch_size * config.block_size
     forward = "" if config.layerwise else f", {short(tokens)} tokens through forward passes in all"
     lines = [
         f"run directory {job.run.path}",
-        f"mode {rule}; {rate}, {curve}",
+        f"mode {rule}; {rate}, {how}",
         f"model: {kind}, {short(parameter_count(job.model))} parameters",
         f"device: {job.objective.device}{threads}, computing in {config.dtype}, weights in float32",
         f"data: {config.dataset}, {sum(about['documents'].values())} documents, {short(about['tokens']['train'])} "
@@ -4430,11 +4393,39 @@ def check_space(job: Job) -> None:
         )
 
 
-DRAW_SECONDS = 60  # from one loss.png to the next, at validations
+def model_card(job: Job, row: dict[str, str]) -> str:
+    """Return README.md of an exported model: where it comes from, what it reached, and metadata that the hub reads."""
+    config, corpus, about, rows = job.config, job.corpus, job.corpus.about, job.run.rows
+    metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [zeroth-order]"]
+    if config.init_from and not Path(config.init_from).is_dir():
+        metadata.append(f"base_model: {config.init_from}")
+    if config.source.hub:
+        metadata.append(f"datasets: [{config.source.hub.path}]")
+    first = next(float(each["val_loss"]) for each in rows if each["val_loss"])
+    facts = {
+        "mode": config.mode + f", directions {config.direction}" * config.kind.queries,
+        "initial weights": config.init_from or f"a new Llama of size {config.model_size}, seed {config.seed}",
+        "parameters": f"{short(parameter_count(job.model))}, {short(job.trainer.trained)} trained",
+        "data": f"{config.dataset}, {about['documents']['train']:,} documents, {about['tokens']['train']:,} tokens",
+        "tokenizer": f"{config.tokenizer_name}, {len(corpus.tokenizer):,} tokens",
+        "single-token frequencies give": f"{job.unigram:.4f}",
+        "steps": row["step"],
+        "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g}",
+        "tokens of data": f"{int(row['data_tokens']):,}",
+        "tokens through forward passes": f"{int(row['forward_tokens']):,}",
+        "validation loss, first to last": f"{first:.4f} to {float(row['val_loss']):.4f}",
+    }
+    changed = config.changed("epochs", "max_steps")
+    words = " ".join(f"--{name}" + f" {value}" * (value is not True) for name, value in changed.items()) or "none"
+    lines = ["---", *metadata, "---", "", f"# {job.run.path.name}", "", "Trained by reproduce_zo_paper.py.", ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
+    return "\n".join([*lines, "Flags that are not the defaults:", "", f"    {words}", ""])
 
 
 class Account:
     """What rank 0 keeps beside the steps: validations, rows of metrics, the best and regular checkpoints, progress."""
+
+    DRAW_SECONDS = 60  # from one loss.png to the next, at validations
 
     def __init__(self, job: Job):
         self.job, self.run, self.config, rows = job, job.run, job.config, job.run.rows
@@ -4468,16 +4459,18 @@ class Account:
         if not math.isnan(met := job.trainer.between.guide_to_gradient):
             facts["guide_to_gradient"] = f"{met:.4f}"
         if record is not None:
-            facts |= {name: f"{getattr(record, name):.6g}" for name in ("learning_rate", "grad_norm")}
-            facts["loss"] = f"{record.loss:.6f}"
+            facts |= {"loss": f"{record.loss:.6f}", "learning_rate": f"{record.learning_rate:.6g}"}
+            facts["grad_norm"] = f"{record.grad_norm:.6g}"
             if len(c := record.projected_grads[np.isfinite(record.projected_grads)]):
                 facts |= {"projected_grad_mean": f"{c.mean():.6g}", "projected_grad_std": f"{c.std():.6g}"}
         if validated:
             loss = validation_loss(job.objective, job.corpus)
             facts |= {"val_loss": f"{loss:.6f}", "val_bits_per_byte": f"{job.corpus.bits_per_byte(loss):.6f}"}
             self._validated(loss)
-        facts["forward_tokens"] = job.forward_tokens
-        facts["seconds"] = f"{self.before + time.perf_counter() - self.began:.3f}"
+        facts |= {
+            "forward_tokens": job.forward_tokens,
+            "seconds": f"{self.before + time.perf_counter() - self.began:.3f}",
+        }
         facts["peak_memory_mib"] = f"{peak_memory_mib(job.objective.device):.0f}"
         row = {name: str(facts.get(name, "")) for name in METRICS}
         self.run.add_row(row)
@@ -4491,7 +4484,7 @@ class Account:
             log.info(f"step {done}: validation loss {loss:.4f}, below the unigram loss for the first time")
             self.below = True
         if loss < self.best and done:
-            self.job.save("best", {})
+            self.job.save(best=True)
         self.best = min(self.best, loss)
 
     def step(self, record: Record, measured: bool) -> None:
@@ -4507,7 +4500,7 @@ class Account:
             self.sample()
         if measured and done % config.save_interval == 0:
             job.save()
-        if row and row["val_loss"] and time.monotonic() - self.drawn > DRAW_SECONDS:
+        if row and row["val_loss"] and time.monotonic() - self.drawn > self.DRAW_SECONDS:
             self.draw()
 
     def _progress(self, row: dict[str, str]) -> None:
@@ -4568,19 +4561,8 @@ class Account:
                     "--export_best: no step has a lower validation loss than the start; the last one is exported"
                 )
             chosen, of = (best_folder, best) if config.export_best and kept else (checkpoint, row)
-            log.info(f"wrote {run.export(chosen, model_card(run, of, self._facts()))}")
+            log.info(f"wrote {run.export(chosen, model_card(job, of))}")
         run.write("finished.json", {name: json.loads(value) for name, value in row.items() if value})
-
-    def _facts(self) -> dict[str, str]:
-        config, corpus, about = self.config, self.job.corpus, self.job.corpus.about
-        return {
-            "mode": config.mode + f", directions {config.direction}" * config.kind.queries,
-            "initial weights": config.init_from or f"a new Llama of size {config.model_size}, seed {config.seed}",
-            "parameters": f"{short(parameter_count(self.job.model))}, {short(self.job.trainer.trained)} trained",
-            "data": f"{config.dataset}, {about['documents']['train']:,} documents, {about['tokens']['train']:,} tokens",
-            "tokenizer": f"{config.tokenizer_name}, {len(corpus.tokenizer):,} tokens",
-            "single-token frequencies give": f"{self.job.unigram:.4f}",
-        }
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -4620,17 +4602,13 @@ def quiet_libraries() -> None:
 
 def restore(job: Job) -> None:
     """Put the job where its newest whole checkpoint is; without one, it is at its start."""
-    load_file, journal, damaged = (
-        importlib.import_module("safetensors.torch").load_file,
-        job.journal,
-        job.journal.damaged,
-    )
+    load_file, journal = importlib.import_module("safetensors.torch").load_file, job.journal
     for folder in reversed(job.run.checkpoint_folders()):
         fault = folder_fault(folder)
         about = {} if fault else read_json(folder / "state.json")
-        if fault or about.get("run") != job.config.identity:
-            another = "it is another run's"
-            log.warning(f"passed over {folder}: {fault or another}")
+        fault = fault or ("it is another run's" if about.get("run") != job.config.identity else None)
+        if fault:
+            log.warning(f"passed over {folder}: {fault}")
             set_aside(folder)
             continue
         try:
@@ -4643,9 +4621,9 @@ def restore(job: Job) -> None:
             break
         except (LookupError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise UsageError(f"{folder}: does not fit this run ({first_line(error)})") from error
+    if journal.damaged:
+        log.warning(f"{journal.path}: {journal.damaged} damaged records, of no use")
     known = journal.reach(job.done)
-    if damaged:
-        log.warning(f"{journal.path}: {damaged} damaged records, of no use")
     if job.total < known:
         raise UsageError(f"--max_steps {job.total}: the run has reached step {known}; name a number from there on")
     job.run.keep_rows(known)
@@ -4900,9 +4878,6 @@ def run_one(config: Config, given: set[str], ranks: Ranks) -> int:
     return run_or_resume(config, given, ranks)
 
 
-OUT_OF_MEMORY = "start a run with a lower --batch_size, --block_size or --model_size, or with --optimizer sgd"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; errors are lines on standard error, the value is the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -4913,15 +4888,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         tune_process()
         with ranks:
-            try:
-                config, given = ranks.agreed(lambda: parse_config(argv))
-                return run_one(config, given, ranks)
-            except (MemoryError, RuntimeError) as error:
-                if isinstance(error, RunError) or not is_out_of_memory(error) or debug:
-                    raise
-                raise UsageError(f"out of memory ({first_line(error)}); {OUT_OF_MEMORY}") from error
-    except RunError as error:
-        if debug:
+            config, given = ranks.agreed(lambda: parse_config(argv))
+            return run_one(config, given, ranks)
+    except (RunError, MemoryError, RuntimeError) as failure:
+        error = failure
+        if not isinstance(error, RunError):
+            if debug or not is_out_of_memory(error):
+                raise
+            advice = "start a run with a lower --batch_size, --block_size or --model_size, or with --optimizer sgd"
+            error = UsageError(f"out of memory ({first_line(error)}); {advice}")
+        elif debug:
             traceback.print_exc()
         if ranks.farewell(error):
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
