@@ -4051,7 +4051,6 @@ class Trackers:
         return lambda step, values: module.log(values, step=step), module.finish
 
     def row(self, row: dict[str, str]) -> None:
-        """Send a row of metrics.csv on."""
         values = {name: float(value) for name, value in row.items() if value and name != "step"}
         for name, (write, _) in list(self.sinks.items()):
             with self._guarded(name):
@@ -4249,7 +4248,6 @@ class Trainer:
         return rule.measure(step, rate * self.factor(step))
 
     def apply(self, record: Record) -> None:
-        """Update by a record."""
         self.rule(record.step).finish(record)
         self.settle(record.step)
 
@@ -4515,7 +4513,6 @@ class Account:
             self.bar.set_postfix_str(line)
 
     def draw(self) -> Path | None:
-        """Draw loss.png."""
         self.drawn = time.monotonic()
         return draw_loss(self.run, None if self.config.init_from else self.job.unigram)
 
@@ -4525,7 +4522,6 @@ class Account:
         log.info(f"sample after step {self.job.done}: {json.dumps(text, ensure_ascii=False)}")
 
     def close(self) -> None:
-        """Let the bar and the trackers go."""
         if self.bar is not None:
             self.bar.close()
         self.trackers.close()
