@@ -1044,12 +1044,10 @@ class Tensor:
 
     @functools.cached_property
     def rows(self) -> int:
-        """Rows of the matrix."""
         return self.parameter.numel() // max(1, self.columns)
 
     @functools.cached_property
     def columns(self) -> int:
-        """Columns of the matrix."""
         return self.parameter.shape[-1] if self.parameter.ndim > 1 else 1
 
     @functools.cached_property
@@ -1060,34 +1058,26 @@ class Tensor:
 
     @property
     def blocks(self) -> range:
-        """The numbers of the blocks."""
         return range(-(-self.rows // self.block_rows))
 
     def span(self, block: int) -> slice:
-        """Return the rows of a block."""
         return slice(block * self.block_rows, min(self.rows, (block + 1) * self.block_rows))
 
 
 def trainable_tensors(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[Tensor]:
-    """Return the parameters, numbered, each once however often it is shared; raises ValueError where one can't be
-    perturbed.
-    """
-    tensors, seen = [], set()
+    """Return the parameters, numbered, each once; raises ValueError where one can't be perturbed."""
+    tensors = {}
     for name, parameter in parameters:
-        if id(parameter) in seen:
-            continue
-        seen.add(id(parameter))
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"{name} is {parameter.dtype}: what is perturbed must be float32 (or float64) "
-                f"masters, since adding and "
-                "removing epsilon*z in half precision moves the weights; call model.float(), and "
-                "compute in bfloat16 instead"
+                f"{name} is {parameter.dtype}: what is perturbed must be float32 (or float64) masters, since adding "
+                "and removing epsilon*z in half precision moves the weights; call model.float(), and compute in "
+                "bfloat16 instead"
             )
         if not parameter.is_contiguous():
             raise ValueError(f"{name} is not contiguous in memory; store parameter.data.contiguous() in it")
-        tensors.append(Tensor(len(tensors), name, parameter))
-    return tensors
+        tensors.setdefault(id(parameter), Tensor(len(tensors), name, parameter))
+    return list(tensors.values())
 
 
 def wide(device: torch.device) -> torch.dtype:
@@ -1133,9 +1123,7 @@ class HeadTiles:
         _, first, last = slab
         for lo in range(first, last, self.tile):
             rows = slice(lo, min(last, lo + self.tile))
-            low = [
-                None if self.low is None else (self.low[0][g], self.low[1][g // 2, rows]) for g in range(self.groups)
-            ]
+            low = [self.low and (self.low[0][g], self.low[1][g // 2, rows]) for g in range(self.groups)]
             yield rows, [(g, self.head.weight[rows], low[g]) for g in range(self.groups)]
 
     def tiles(
@@ -1144,24 +1132,18 @@ class HeadTiles:
         """Yield every tile of a slab; h [G, S, n], targets int64 [G, S]. The logits are scratch of this thread."""
         step = TILE_TOKENS * self.scale
         for rows, entries in self.weights(slab):
-            for group, weight, low in entries:
-                bias = None if self.bias is None else self.bias[group % len(self.bias), rows]
-                for lo in range(0, h.shape[1], step):
-                    span = slice(lo, min(h.shape[1], lo + step))
-                    part = None if low is None else (low[0][span], low[1])
-                    local = targets[group, span] - rows.start
-                    inside = (local >= 0) & (local < rows.stop - rows.start)
-                    logits = self._logits(h[group, span], weight, bias, part, workers)
-                    yield Tile(group, span, rows, weight, logits, inside, local)
-
-    @staticmethod
-    def _logits(h: torch.Tensor, weight: torch.Tensor, bias, low, workers: Workers) -> torch.Tensor:
-        logits = workers.scratch("tile", (len(h), len(weight)), h.dtype)
-        if low is None:
-            torch.mm(h, weight.to(h.dtype).T, out=logits)
-        else:  # low rank first: the product that follows adds to it for nothing
-            torch.mm(low[0], low[1].T, out=logits).addmm_(h, weight.to(h.dtype).T)
-        return full_precision(logits if bias is None else logits.add_(bias))
+            for (group, weight, low), lo in itertools.product(entries, range(0, h.shape[1], step)):
+                span = slice(lo, min(h.shape[1], lo + step))
+                x, local = h[group, span], targets[group, span] - rows.start
+                logits = workers.scratch("tile", (len(x), len(weight)), h.dtype)
+                if low is None:
+                    torch.mm(x, weight.to(h.dtype).T, out=logits)
+                else:  # low rank first: the product that follows adds to it for nothing
+                    torch.mm(low[0][span], low[1].T, out=logits).addmm_(x, weight.to(h.dtype).T)
+                if self.bias is not None:
+                    logits.add_(self.bias[group % len(self.bias), rows])
+                inside = (local >= 0) & (local < len(weight))
+                yield Tile(group, span, rows, weight, full_precision(logits), inside, local)
 
 
 def log_normalizers(h: torch.Tensor, targets: torch.Tensor, head: HeadTiles, workers: Workers) -> tuple:
@@ -1183,12 +1165,6 @@ def log_normalizers(h: torch.Tensor, targets: torch.Tensor, head: HeadTiles, wor
 
     workers.each(work, head.slabs)
     return torch.logsumexp(partial, 0), picked.sum(0)
-
-
-def token_losses(h: torch.Tensor, targets: torch.Tensor, head: HeadTiles, workers: Workers) -> torch.Tensor:
-    """Return the negative log-likelihood of each target, float64 [G, S]; 0 where the target is IGNORE_INDEX."""
-    normalizer, picked = log_normalizers(h, targets, head, workers)
-    return torch.where(targets == IGNORE_INDEX, 0.0, normalizer - picked)
 
 
 class OutputError(NamedTuple):
@@ -1241,11 +1217,6 @@ def output_error(h: torch.Tensor, targets: torch.Tensor, back: bool, head: HeadT
     return OutputError(loss, weight, bias, total)
 
 
-def next_tokens(labels: torch.Tensor, groups: int) -> torch.Tensor:
-    """Return the targets of positions 0 to T-2, labels [G*R, T] -> int64 [G, R*(T-1)]: the next-token shift."""
-    return labels[:, 1:].reshape(groups, -1)
-
-
 def decoder_blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
     """Return the transformer blocks: the largest list of modules."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
@@ -1270,30 +1241,25 @@ class Objective:
         self.sliced = loss_fn is None and self._head_is_plain()
 
     def _head_is_plain(self) -> bool:
-        """Return whether the model's logits are head(hidden) and nothing else, tried with a head that gives large
-        logits.
-        """
-        if (
-            type(self.head) is not torch.nn.Linear
-            or "forward" in self.head.__dict__
-            or self.model.base_model is self.model
-        ):
+        """Return whether the model's logits are head(hidden) alone, tried with a head that gives large logits."""
+        head, base = self.head, self.model.base_model
+        if type(head) is not torch.nn.Linear or "forward" in head.__dict__ or base is self.model:
             return False
-        probe = torch.arange(4, device=self.device)[None] % self.head.weight.shape[0]
+        probe = torch.arange(4, device=self.device)[None] % head.weight.shape[0]
 
         def large(x: torch.Tensor) -> torch.Tensor:
-            logits = torch.nn.functional.linear(x, self.head.weight, self.head.bias)
+            logits = torch.nn.functional.linear(x, head.weight, head.bias)
             return logits * (100 / logits.abs().max().clamp(min=1e-30))
 
-        self.head.forward = large
+        head.forward = large
         try:
             with torch.no_grad(), self.quiet():
-                own = self.model(input_ids=probe, use_cache=False).logits
-                hidden = getattr(self.model.base_model(input_ids=probe, use_cache=False), "last_hidden_state", None)
-                fine = hidden is not None and hidden.shape[-1] == self.head.weight.shape[1]
-                return fine and torch.allclose(own.float(), self.head(hidden).float(), rtol=1e-3, atol=1e-2)
+                own = self._logits(probe)
+                hidden = getattr(base(input_ids=probe, use_cache=False), "last_hidden_state", None)
+                fine = hidden is not None and hidden.shape[-1] == head.weight.shape[1]
+                return fine and torch.allclose(own.float(), head(hidden).float(), rtol=1e-3, atol=1e-2)
         finally:
-            del self.head.forward
+            del head.forward
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -1314,63 +1280,58 @@ class Objective:
         return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
     def losses(self, input_ids: torch.Tensor, labels: torch.Tensor, groups: int = 1, batched: Batched | None = None):
-        """Return the mean loss of each of `groups` equal runs of rows, at theta or, `batched`, each group at its own
-        theta.
+        """Return the mean loss of each of `groups` equal runs of rows, at theta or, `batched`, each at its own theta.
 
         input_ids and labels int64 [G*R, T] -> float64 [G].
         """
-        replaced = batched.installed() if batched else contextlib.nullcontext()
         with torch.no_grad(), self.quiet():
+            with batched.installed() if batched else contextlib.nullcontext():
+                h = self.hidden(input_ids) if self.sliced else self._logits(input_ids)
+            h, targets = h[:, :-1].reshape(groups, -1, h.shape[-1]), labels[:, 1:].reshape(groups, -1)
             if not self.sliced:
-                with replaced:
-                    logits = self.model(input_ids=input_ids, use_cache=False).logits
-                return self._losses_from_logits(logits, labels, groups)
-            with replaced:
-                h = self.hidden(input_ids)
-            h = h[:, :-1].reshape(groups, -1, h.shape[-1]).to(self.compute_dtype or h.dtype)
-            targets = next_tokens(labels, groups)
+                each = (self._whole_loss(h[g], targets[g]).to(wide(self.device)) for g in range(groups))
+                return torch.stack(list(each))
+            h = h.to(self.compute_dtype or h.dtype)
             with torch.autocast(self.device.type, enabled=False):
                 head = batched.head_tiles(h) if batched else HeadTiles(self.head, groups, self.scale)
-                each = token_losses(h, targets, head, self.workers)
-            return each.sum(1) / (targets != IGNORE_INDEX).sum(1)
+                normalizer, picked = log_normalizers(h, targets, head, self.workers)
+            counted = targets != IGNORE_INDEX
+            return torch.where(counted, normalizer - picked, 0.0).sum(1) / counted.sum(1)
 
-    def _losses_from_logits(self, logits: torch.Tensor, labels: torch.Tensor, groups: int) -> torch.Tensor:
-        logits = logits[:, :-1].reshape(groups, -1, logits.shape[-1])
-        targets = next_tokens(labels, groups)
-        loss_fn = self.loss_fn or torch.nn.functional.cross_entropy
-        return torch.stack(
-            [loss_fn(full_precision(logits[g]), targets[g]).to(wide(self.device)) for g in range(groups)]
-        )
+    def _logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+    def _whole_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (self.loss_fn or torch.nn.functional.cross_entropy)(full_precision(logits), targets)
 
     def error(self, hidden: torch.Tensor, labels: torch.Tensor, back: bool) -> OutputError:
-        """Return `output_error` at the last hidden states [R, T, n] of labels int64 [R, T]."""
+        """Return `output_error` at the last hidden states [R, T, d] of labels int64 [R, T]."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             h = hidden[:, :-1].flatten(0, 1)[None]
-            h = h.to(self.compute_dtype or h.dtype)
-            return output_error(h, next_tokens(labels, 1), back, HeadTiles(self.head, 1, self.scale), self.workers)
+            h, targets = h.to(self.compute_dtype or h.dtype), labels[:, 1:].reshape(1, -1)
+            return output_error(h, targets, back, HeadTiles(self.head, 1, self.scale), self.workers)
 
     def gradient(self, input_ids: torch.Tensor, labels: torch.Tensor, tensors: list[Tensor]) -> tuple[float, list]:
         """Return the mean loss of the batch and its true gradient, by backpropagation: one a tensor, of its shape, zero
         where the loss does not use it. The logits are recomputed by slices.
         """
-        parameters = [tensor.parameter for tensor in tensors]
+
+        def slice_loss(h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            logits = full_precision(self.head(h))
+            return torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE_INDEX)
+
+        how = {"use_reentrant": False, "preserve_rng_state": False}
         with torch.enable_grad(), self.quiet():
-            targets = next_tokens(labels, 1)[0]
+            targets = labels[:, 1:].flatten()
             if self.sliced:
                 h = self.hidden(input_ids)[:, :-1].flatten(0, 1)
                 pieces = zip(h.split(TILE_TOKENS), targets.split(TILE_TOKENS))
-                checkpoint = functools.partial(
-                    torch.utils.checkpoint.checkpoint, self._slice_loss, use_reentrant=False, preserve_rng_state=False
-                )
-                loss = sum(checkpoint(*piece) for piece in pieces) / (targets != IGNORE_INDEX).sum()
+                total = sum(torch.utils.checkpoint.checkpoint(slice_loss, *piece, **how) for piece in pieces)
+                loss = total / (targets != IGNORE_INDEX).sum()
             else:
-                logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-                loss = (self.loss_fn or torch.nn.functional.cross_entropy)(full_precision(logits), targets)
+                loss = self._whole_loss(self._logits(input_ids)[:, :-1].flatten(0, 1), targets)
+            parameters = [tensor.parameter for tensor in tensors]
             return loss.item(), list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
-
-    def _slice_loss(self, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = full_precision(self.head(h))
-        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE_INDEX)
 
     @contextlib.contextmanager
     def blocks_replaced(self, forwards: dict[int, Callable]) -> Iterator[None]:
@@ -1380,25 +1341,20 @@ class Objective:
         blocks = decoder_blocks(self.model)
         before = {at: blocks[at].__dict__.get("forward") for at in forwards}
 
-        def stand_in(at: int) -> Callable:
-            own = blocks[at].forward
+        def stand_in(at: int, own: Callable, x: torch.Tensor, *args, **kwargs):
+            rest = []
 
-            def forward(x: torch.Tensor, *args, **kwargs):
-                rest = []
+            def call(value: torch.Tensor) -> torch.Tensor:
+                out = own(value, *args, **kwargs)
+                rest[:] = [out[1:] if isinstance(out, tuple) else None]
+                return out if rest == [None] else out[0]
 
-                def call(value: torch.Tensor) -> torch.Tensor:
-                    out = own(value, *args, **kwargs)
-                    rest[:] = [out[1:] if isinstance(out, tuple) else None]
-                    return out if rest == [None] else out[0]
-
-                y = forwards[at](x, call)
-                return y if rest == [None] else (y, *rest[0])
-
-            return forward
+            y = forwards[at](x, call)
+            return y if rest == [None] else (y, *rest[0])
 
         try:
             for at in forwards:
-                blocks[at].forward = stand_in(at)
+                blocks[at].forward = functools.partial(stand_in, at, blocks[at].forward)
             yield
         finally:
             for at, forward in before.items():
@@ -1410,12 +1366,9 @@ class Objective:
         and top(h) that of the last block's output h.
         """
         last = len(decoder_blocks(self.model)) - 1
-
-        def first(x: torch.Tensor, call: Callable) -> torch.Tensor:
-            y = call(bottom(x))
-            return top(y) if last == 0 else y
-
-        with self.blocks_replaced({last: lambda x, call: top(call(x)), 0: first}):
+        above = top if last == 0 else lambda y: y
+        ends = {last: lambda x, call: top(call(x)), 0: lambda x, call: above(call(bottom(x)))}
+        with self.blocks_replaced(ends):
             return self.hidden(input_ids)
 
 
@@ -1425,25 +1378,6 @@ class Objective:
 # A family owns its consequences: its defaults, what it looks at, z, the bound of |z| that the grid needs, the passes it
 # adds, its line on the banner. Both evaluation paths and every update ask only for these, so a new family is one class,
 # and one line in FAMILIES.
-
-
-def fill_normal(out: torch.Tensor, generator: torch.Generator) -> None:
-    """Fill with standard normal numbers."""
-    out.normal_(generator=generator)
-
-
-def fill_signs(out: torch.Tensor, generator: torch.Generator) -> None:
-    """Fill with +1 or -1 from one random bit each: word k gives elements 32k to 32k+31, the low bit first."""
-    count = out.numel()
-    words = torch.empty(-(-count // 32), dtype=torch.int32, device=out.device)
-    words.random_(-(2**31), 2**31, generator=generator)
-    shifts = torch.arange(32, dtype=torch.int32, device=out.device)
-    whole = count // 32 * 32
-    bits = out.view(-1).view(torch.int32)
-    torch.bitwise_left_shift(words[: whole // 32, None], shifts, out=bits[:whole].view(-1, 32))
-    if whole < count:
-        bits[whole:] = (words[-1:] << shifts)[: count - whole]
-    bits.bitwise_and_(-(2**31)).bitwise_or_(0x3F800000)  # the sign bit kept, the rest of 1.0f set
 
 
 class Dense:
@@ -1485,9 +1419,7 @@ class Bent:
 
 
 class Gaussian:
-    """Standard normal entries, E[z z^T] = I: the paper's, MeZO's (Malladi et al. 2023); and the base of other
-    families.
-    """
+    """Standard normal entries, E[z z^T] = I: the paper's, MeZO's (Malladi et al. 2023); the base of other families."""
 
     optimizers: ClassVar[tuple | None] = None  # those that it works with; None: all
     perturbs_weights = True
@@ -1495,7 +1427,11 @@ class Gaussian:
     passes = 0  # forward passes that a step takes beyond those of its queries
     gain = 1.0  # the largest eigenvalue of E[z z^T], which estimates are divided by
     largest = 7.0  # a bound of |z|: float32 normals stay below 5.8 on a CPU, below 6.7 on CUDA
-    fill = staticmethod(fill_normal)
+
+    @staticmethod
+    def fill(out: torch.Tensor, generator: torch.Generator) -> None:
+        """Fill a float32 block with entries of z."""
+        out.normal_(generator=generator)
 
     @staticmethod
     def defaults(carry: str) -> dict:
@@ -1527,11 +1463,10 @@ class Gaussian:
     def about(self, q: int, dimension: int) -> str:
         """Return what a budget of q queries buys in d dimensions (Nesterov and Spokoiny 2017; E||g||^2 = (d+q+1)/q)."""
         share = q / (dimension + q + 1)
-        return (
-            f"theory: for d = {short(dimension)} and q = {q}, expected cosine to the true gradient "
-            f"{math.sqrt(share):.1e}, "
-            f"stable step {share:.1e} of first order's"
+        expected = (
+            f"expected cosine to the true gradient {math.sqrt(share):.1e}, stable step {share:.1e} of first order's"
         )
+        return f"theory: for d = {short(dimension)} and q = {q}, {expected}"
 
     def stable_rate(self, q: int, dimension: int) -> float:
         """Return about the largest stable rate of sgd: 1.0 is about that of first order on these models."""
@@ -1542,7 +1477,20 @@ class Rademacher(Gaussian):
     """Entries +1 or -1, E[z z^T] = I."""
 
     largest = 1.0
-    fill = staticmethod(fill_signs)
+
+    @staticmethod
+    def fill(out: torch.Tensor, generator: torch.Generator) -> None:
+        """From one random bit each: word k gives elements 32k to 32k+31, the low bit first."""
+        count = out.numel()
+        words = torch.empty(-(-count // 32), dtype=torch.int32, device=out.device)
+        words.random_(-(2**31), 2**31, generator=generator)
+        shifts = torch.arange(32, dtype=torch.int32, device=out.device)
+        whole = count // 32 * 32
+        bits = out.view(-1).view(torch.int32)
+        torch.bitwise_left_shift(words[: whole // 32, None], shifts, out=bits[:whole].view(-1, 32))
+        if whole < count:
+            bits[whole:] = (words[-1:] << shifts)[: count - whole]
+        bits.bitwise_and_(-(2**31)).bitwise_or_(0x3F800000)  # the sign bit kept, the rest of 1.0f set
 
 
 class LowRank(Gaussian):
@@ -1612,14 +1560,11 @@ class Aligned(Gaussian):
                 bases[at] = leading_directions(x.reshape(-1, x.shape[-1]).float(), self.rank, seed, at)
 
         modules = [m for m in objective.model.modules() if isinstance(m, torch.nn.Linear) and id(m.weight) in index]
-        inside = [module for module in modules if module is not objective.head]
-        hooks = [module.register_forward_pre_hook(lambda module, given: see(module, given[0])) for module in inside]
-        try:
-            with torch.no_grad(), objective.quiet():
-                h = objective.hidden(input_ids)[:, :-1]
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with torch.no_grad(), objective.quiet(), contextlib.ExitStack() as hooks:
+            for module in modules:
+                if module is not objective.head:
+                    hooks.enter_context(module.register_forward_pre_hook(lambda module, given: see(module, given[0])))
+            h = objective.hidden(input_ids)[:, :-1]
         if objective.head in modules:  # a tied embedding is seen as the output layer that it also is
             see(objective.head, h)
         return Aligned(self.rank, bases, self.row_scale)
@@ -1638,8 +1583,8 @@ class Aligned(Gaussian):
         return Factored(left, basis, tensor)
 
     def square(self, tensor: Tensor) -> float:
-        return float(
-            tensor.rows * self.bases[tensor.index].shape[1] if self.low_rank(tensor) else tensor.parameter.numel()
+        return (
+            float(tensor.rows * self.bases[tensor.index].shape[1]) if self.low_rank(tensor) else super().square(tensor)
         )
 
     def about(self, q: int, dimension: int) -> str:
@@ -1680,16 +1625,13 @@ class Guided:
         steepest = max(part.abs().max().item() for part in guide.values())
         self.largest = self.across * base.largest + self.along * steepest
 
-    def low_rank(self, tensor: Tensor) -> bool:
-        """Return False: the guide is dense."""
+    def low_rank(self, tensor: Tensor) -> bool:  # the guide is dense
         return False
 
     def direction(self, tensor: Tensor, at: Coordinates) -> Bent:
-        """Return the direction of one query on one tensor."""
         return Bent(self.base.direction(tensor, at), self.guide[tensor.index], self.along, self.across)
 
     def square(self, tensor: Tensor) -> float:
-        """Return E||z||^2 on a tensor."""
         return self.across**2 * self.base.square(tensor) + (self.along * self.guide[tensor.index].norm().item()) ** 2
 
 
@@ -1787,16 +1729,11 @@ Batch = Callable[[int], tuple["torch.Tensor", "torch.Tensor"]]  # query -> (inpu
 
 
 def query_batch(input_ids: torch.Tensor, labels: torch.Tensor, q: int, query_data: str) -> Batch:
-    """Return what each query sees of a step's batch: all of it (shared), or its own q-th part of the rows
-    (distinct).
-    """
+    """Return what each query sees of a step's batch: all of it (shared), or its own q-th of the rows (distinct)."""
+    if query_data == "shared":
+        return lambda query: (input_ids, labels)
     share = len(input_ids) // q
-
-    def batch(query: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = slice(query * share, (query + 1) * share) if query_data == "distinct" else slice(None)
-        return input_ids[rows], labels[rows]
-
-    return batch
+    return list(zip(input_ids.split(share), labels.split(share))).__getitem__
 
 
 def never() -> None:
@@ -1940,8 +1877,7 @@ class Perturbed:
         left, right = self.stacked_factors(tensor, x.dtype)
         weight = tensor.matrix.to(x.dtype)
         if self.workers.count == 1:
-            y = torch.nn.functional.linear(x, weight)
-            inner = self.signed(self.times(x, right))
+            y, inner = torch.nn.functional.linear(x, weight), self.signed(self.times(x, right))
             y.view(self.count, -1, tensor.rows).baddbmm_(inner.view(self.count, -1, inner.shape[-1]), left.mT)
             return y
         y = x.new_empty(*x.shape[:-1], tensor.rows)
@@ -1951,7 +1887,7 @@ class Perturbed:
             inner = torch.mm(x[group], right[query]).mul_(-self.epsilon if sign else self.epsilon)
             torch.mm(inner, left[query].T, out=y[group]).addmm_(x[group], weight.T)
 
-        self.workers.each(work, [(query, sign) for query in range(self.count) for sign in (0, 1)])
+        self.workers.each(work, itertools.product(range(self.count), (0, 1)))
         return y
 
     def _dense_linear(self, tensor: Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -1962,7 +1898,7 @@ class Perturbed:
             for sign, weight in enumerate(self.block_pair(query, tensor, block)):
                 torch.mm(x[query, sign], weight.to(x.dtype).T, out=y[query, sign, :, tensor.span(block)])
 
-        self.workers.each(work, [(query, block) for query in range(self.count) for block in tensor.blocks])
+        self.workers.each(work, itertools.product(range(self.count), tensor.blocks))
         return y
 
     def embedding(self, module: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
@@ -2033,14 +1969,14 @@ class Batched(Perturbed):
     def __init__(self, *args):
         super().__init__(*args)
         self.called: set[int] = set()
-        self.hidden: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
+        self.hidden: dict[int, dict[str, torch.nn.Parameter]] = {}  # of each replaced module, by its id
         self.untouchable = untouchable_tensor()
 
     def _forward_of(self, module: torch.nn.Module) -> Callable:
         """Return the method that stands in for this module's forward."""
-        forward = type(module).forward
         plain = {torch.nn.Linear.forward: self.linear, torch.nn.Embedding.forward: self.embedding}
-        method = self.generic if getattr(module, "max_norm", None) else plain.get(forward, self.generic)
+        renormed = getattr(module, "max_norm", None)
+        method = self.generic if renormed else plain.get(type(module).forward, self.generic)
 
         def stand_in(*args, **kwargs):
             self.called.add(id(module))
@@ -2055,26 +1991,20 @@ class Batched(Perturbed):
     def _hide(self, module: torch.nn.Module, forward: Callable) -> None:
         """Put a stand-in before the module; whoever reaches past it for its parameters is told so."""
         module.forward = forward
-        for name, parameter in module._parameters.items():
-            if id(parameter) in self.owned:
-                module._parameters[name] = parameter.detach().as_subclass(self.untouchable)
-                self.hidden.append((module, name, parameter))
+        own = self.hidden[id(module)] = {n: p for n, p in module._parameters.items() if id(p) in self.owned}
+        module._parameters.update({n: p.detach().as_subclass(self.untouchable) for n, p in own.items()})
 
     def _show(self, module: torch.nn.Module) -> None:
         module.__dict__.pop("forward", None)
-        for owner, name, parameter in self.hidden:
-            if owner is module:
-                module._parameters[name] = parameter
-        self.hidden = [entry for entry in self.hidden if entry[0] is not module]
+        module._parameters.update(self.hidden.pop(id(module), {}))
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """For the time of a forward pass, trainable modules see perturbed parameters."""
         modules = list(self.objective.model.modules())
         owners = [m for m in modules if any(id(p) in self.owned for p in m.parameters(recurse=False))]
-        hooked = [type(module).__name__ for module in owners if "forward" in module.__dict__]
-        if hooked:
-            raise CannotBatch(f"{', '.join(sorted(set(hooked)))}: its forward is replaced already")
+        if hooked := {type(module).__name__ for module in owners if "forward" in module.__dict__}:
+            raise CannotBatch(f"{', '.join(sorted(hooked))}: its forward is replaced already")
         try:
             for module in owners:
                 self._hide(module, self._forward_of(module))
@@ -2083,9 +2013,8 @@ class Batched(Perturbed):
             for module in owners:
                 self._show(module)
         head = self.objective.head if self.objective.sliced else None
-        missed = [type(module).__name__ for module in owners if id(module) not in self.called and module is not head]
-        if missed:
-            raise CannotBatch(f"{', '.join(sorted(set(missed)))}: its parameters are used without calling it")
+        if missed := {type(m).__name__ for m in owners if id(m) not in self.called and m is not head}:
+            raise CannotBatch(f"{', '.join(sorted(missed))}: its parameters are used without calling it")
 
     def head_tiles(self, h: torch.Tensor) -> HeadTiles:
         """Return how the output layer is cut for these groups; h [2 queries, S, n]."""
@@ -2110,9 +2039,7 @@ def batched_losses(
     group: int,
     heed: Callable = never,
 ) -> np.ndarray:
-    """Return what `sequential_losses` returns, `group` queries in one forward pass; raises CannotBatch if it can't
-    be.
-    """
+    """Return what `sequential_losses` returns, `group` queries a forward pass; raises CannotBatch if it can't be."""
     losses = []
     for lo in range(0, len(chosen), group):
         heed()
@@ -2192,14 +2119,15 @@ def add_directions(
             total.add_(draw(z, tensor, block, workers), alpha=value)
         out[span].add_(total)
 
-    together = list(zip(outs, tensors))
-    workers.each(factored, [(out, tensor) for out, tensor in together if queries.family.low_rank(tensor)])
+    low, full = [], []
+    for pair in zip(outs, tensors):
+        (low if queries.family.low_rank(pair[1]) else full).append(pair)
+    workers.each(factored, low)
     for part in parts:
         items = []
-        for out, tensor in together:
-            if not queries.family.low_rank(tensor):
-                zs = [(queries.family.direction(tensor, queries.at(query)), value) for query, value in part]
-                items += [(out, tensor, block, zs) for block in tensor.blocks]
+        for out, tensor in full:
+            zs = [(queries.family.direction(tensor, queries.at(query)), value) for query, value in part]
+            items += [(out, tensor, block, zs) for block in tensor.blocks]
         workers.each(dense, items)
 
 
@@ -2207,8 +2135,8 @@ def check_call(model, tensors: list[Tensor], inputs, labels, values: dict, choic
     """Raise ValueError, in one line, for arguments of the library function that can't be used."""
     for name, value in values.items():
         whole = name != "epsilon"
-        kind = isinstance(value, (int, np.integer)) if whole else isinstance(value, (int, float, np.number))
-        if not kind or not (1 if whole else 0) <= value <= 1e6 or value == 0:
+        kinds = (int, np.integer) if whole else (int, float, np.number)
+        if not isinstance(value, kinds) or not 0 < value <= 1e6:
             raise ValueError(
                 f"{name}={value!r} must be {'a whole number from 1' if whole else 'above 0 and up'} to 1e6"
             )
@@ -2324,21 +2252,18 @@ class Optimizer:
     """
 
     def __init__(self, name: str, tensors: list[Tensor], workers: Workers, decay=0.0, outer=frozenset(), exact=None):
-        self.name, self.tensors, self.workers, self.weight_decay = name, tensors, workers, decay
-        each = {tensor.index: "adam" if tensor is exact else name for tensor in tensors}
-        made = {t.index: self._make(each[t.index], t, id(t.parameter) in outer) for t in tensors}
+        self.name, self.tensors, self.workers = name, tensors, workers
+        self.decay = {tensor.index: decay if tensor.parameter.ndim > 1 else 0.0 for tensor in tensors}
+        made = {t.index: self._make("adam" if t is exact else name, t, id(t.parameter) in outer) for t in tensors}
         self.each = {index: optimizer for index, optimizer in made.items() if optimizer is not None}
 
     def _make(self, name: str, tensor: Tensor, outer: bool) -> torch.optim.Optimizer | None:
-        parameter, decay = tensor.parameter, self._decay(tensor)
+        parameter, decay = tensor.parameter, self.decay[tensor.index]
         if name == "sgd":
             return None
         if name == "mudamw" and parameter.ndim == 2 and not outer:
             return torch.optim.Muon([parameter], weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         return torch.optim.AdamW([parameter], betas=(0.9, 0.95), weight_decay=decay)
-
-    def _decay(self, tensor: Tensor) -> float:
-        return self.weight_decay if tensor.parameter.ndim > 1 else 0.0
 
     def apply_gradients(self, gradients: dict[int, torch.Tensor], rate: float) -> None:
         """Step along gradients, by the tensor's index, which are freed as they are used."""
@@ -2360,8 +2285,8 @@ class Optimizer:
             self._step(tensor, gradient.view_as(tensor.parameter), rate)
 
     def _shrink(self, tensor: Tensor, rate: float) -> None:
-        if self._decay(tensor):
-            tensor.matrix.mul_(1 - rate * self._decay(tensor))
+        if self.decay[tensor.index]:
+            tensor.matrix.mul_(1 - rate * self.decay[tensor.index])
 
     def _step(self, tensor: Tensor, gradient: torch.Tensor, rate: float) -> None:
         optimizer = self.each.get(tensor.index)
