@@ -1266,7 +1266,7 @@ class Objective:
         """Dropout off; the compute dtype, and no other: a caller's autocast would keep copies of weights that move."""
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
-        reduced = self.compute_dtype is not None and self.compute_dtype != torch.float64
+        reduced = self.compute_dtype not in (None, torch.float64)
         dtype = self.compute_dtype if reduced else torch.bfloat16
         try:
             with torch.autocast(self.device.type, dtype, enabled=reduced, cache_enabled=False):
@@ -1402,7 +1402,6 @@ class Factored:
         self.left, self.right, self.tensor = left, right, tensor
 
     def block(self, index: int, out: torch.Tensor) -> None:
-        """Write block `index`, [rows, columns], into out."""
         torch.mm(self.left[self.tensor.span(index)].to(out.dtype), self.right.T.to(out.dtype), out=out)
 
 
@@ -1413,7 +1412,6 @@ class Bent:
         self.base, self.guide, self.along, self.across = base, guide, along, across
 
     def block(self, index: int, out: torch.Tensor) -> None:
-        """Write block `index`, [rows, columns], into out."""
         self.base.block(index, out)
         out.mul_(self.across).add_(self.guide[self.base.tensor.span(index)], alpha=self.along)
 
@@ -1609,14 +1607,13 @@ def leading_directions(x: torch.Tensor, rank: int, seed: int, index: int) -> tor
 class Guided:
     """A family bent towards a gradient seen before (guided evolutionary strategies, Maheswaranathan et al. 2019).
 
-    rho sqrt(d) g + sqrt(1 - rho^2) z for the gradient's unit vector g (one matrix [rows, columns] a tensor) and
+    rho sqrt(d) g + sqrt(1 - rho^2) z for the unit vector g of `guide` (by tensor index, matrices [rows, columns]) and
     d = E||z||^2, which is kept: cosine rho with g (to 1/sqrt(d)). Where z is isotropic, E[z z^T] becomes
     (1 - rho^2) I + rho^2 d g g^T, whose largest eigenvalue is the gain: along the guide the estimate is the gradient's
     own component, across it, less.
     """
 
     def __init__(self, base: Gaussian, tensors: list[Tensor], guide: dict[int, torch.Tensor], cosine: float):
-        """`guide` is a gradient of any norm, by the tensors' indices."""
         self.base, self.guide = base, guide
         length = cosine * math.sqrt(sum(base.square(tensor) for tensor in tensors))  # of the part along the guide
         norm = math.hypot(*(torch.linalg.vector_norm(g, dtype=wide(g.device)).item() for g in guide.values()))
@@ -1838,10 +1835,6 @@ class Perturbed:
         parts = [direction[tensor.index] for direction in self.directions]
         return torch.stack([p.left for p in parts]).to(dtype), torch.stack([p.right for p in parts]).to(dtype)
 
-    def low_rank(self, tensor: Tensor | None) -> bool:
-        """Return whether a tensor is perturbed through factors."""
-        return tensor is not None and self.family.low_rank(tensor)
-
     def signed(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [queries, 2, ...] times +epsilon and -epsilon."""
         return x * (self.epsilon * self.plus_minus.to(x.dtype)).view(1, 2, *[1] * (x.ndim - 2))
@@ -1868,7 +1861,7 @@ class Perturbed:
         if tensor is None:
             y = torch.nn.functional.linear(grouped, module.weight.to(x.dtype))
         else:
-            y = (self._low_rank_linear if self.low_rank(tensor) else self._dense_linear)(tensor, grouped)
+            y = (self._low_rank_linear if self.family.low_rank(tensor) else self._dense_linear)(tensor, grouped)
         if module.bias is not None:
             y = y.add_(self.bias(module.bias, x.dtype))
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -1907,7 +1900,7 @@ class Perturbed:
         if ids.shape[0] == 1:  # positions, the same for every row of the batch
             ids = ids.expand(2 * self.count * self.rows, *ids.shape[1:])
         flat = self.grouped(ids[..., None])[..., 0]
-        if self.low_rank(tensor):
+        if self.family.low_rank(tensor):
             left, right = self.stacked_factors(tensor, module.weight.dtype)
             query = torch.arange(self.count, device=ids.device).view(-1, 1, 1)
             out = self.times(self.signed(left[query, flat]), right.mT)
@@ -2001,7 +1994,7 @@ class Batched(Perturbed):
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """For the time of a forward pass, trainable modules see perturbed parameters."""
-        modules = list(self.objective.model.modules())
+        modules = self.objective.model.modules()
         owners = [m for m in modules if any(id(p) in self.owned for p in m.parameters(recurse=False))]
         if hooked := {type(module).__name__ for module in owners if "forward" in module.__dict__}:
             raise CannotBatch(f"{', '.join(sorted(hooked))}: its forward is replaced already")
@@ -2023,7 +2016,7 @@ class Batched(Perturbed):
         bias = None if head.bias is None else self.bias(head.bias, h.dtype).reshape(-1, head.bias.shape[0])
         if tensor is None:
             return HeadTiles(head, len(h), scale, bias)
-        if not self.low_rank(tensor):
+        if not self.family.low_rank(tensor):
             return DenseHead(self, head, scale, bias)
         left, right = self.stacked_factors(tensor, h.dtype)
         inner = self.signed(self.times(h.view(self.count, 2, *h.shape[1:]), right)).flatten(0, 1)
@@ -2031,13 +2024,7 @@ class Batched(Perturbed):
 
 
 def batched_losses(
-    objective: Objective,
-    tensors: list[Tensor],
-    batch: Batch,
-    queries: Queries,
-    chosen: Sequence[int],
-    group: int,
-    heed: Callable = never,
+    objective: Objective, tensors: list[Tensor], batch: Batch, queries: Queries, chosen, group: int, heed=never
 ) -> np.ndarray:
     """Return what `sequential_losses` returns, `group` queries a forward pass; raises CannotBatch if it can't be."""
     losses = []
@@ -2058,14 +2045,7 @@ def batched_losses(
 
 
 def query_losses(
-    objective: Objective,
-    tensors: list[Tensor],
-    batch: Batch,
-    queries: Queries,
-    group: int = 0,
-    grid: Grid | None = None,
-    chosen: Sequence[int] | None = None,
-    heed: Callable = never,
+    objective: Objective, tensors, batch: Batch, queries: Queries, group=0, grid=None, chosen=None, heed=never
 ) -> np.ndarray:
     """Return the losses of the queries, or of those `chosen`: in place one after the other (group 0), or batched.
 
@@ -2134,12 +2114,10 @@ def add_directions(
 def check_call(model, tensors: list[Tensor], inputs, labels, values: dict, choices: dict) -> None:
     """Raise ValueError, in one line, for arguments of the library function that can't be used."""
     for name, value in values.items():
-        whole = name != "epsilon"
-        kinds = (int, np.integer) if whole else (int, float, np.number)
+        kinds = (int, float, np.number) if name == "epsilon" else (int, np.integer)
         if not isinstance(value, kinds) or not 0 < value <= 1e6:
-            raise ValueError(
-                f"{name}={value!r} must be {'a whole number from 1' if whole else 'above 0 and up'} to 1e6"
-            )
+            least = "above 0 and up" if name == "epsilon" else "a whole number from 1"
+            raise ValueError(f"{name}={value!r} must be {least} to 1e6")
     for name, (value, known) in choices.items():
         if value not in known:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
@@ -2344,8 +2322,7 @@ def schedule(config: Config, step: int, total: int) -> float:
 # │ Rules                                                                                                            │
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 # A step is measure, journal, apply: record = measure(step) changes nothing, the record is written, apply(record)
-# updates.
-# Resume and replay are apply alone. What both need of the step's batch they `look` at: once where both are made.
+# updates. Resume and replay are apply alone. What both need of the step's batch they `look` at: once, if both are made.
 
 LARGEST_UPDATE = 1e18  # a gradient entry beyond this overflows the squares that adam keeps
 LOWER_RATE = "lower --learning_rate or --epsilon"
@@ -2402,11 +2379,11 @@ class Rule:
 
     passes = 1.0  # forward passes of the step's batch that it takes, or their cost: what `forward_tokens` counts
     learning_passes = 0.0  # those that `learn` takes
+    guide_to_gradient = math.nan  # the cosine of the guide to the last true gradient
 
     def __init__(self, setting: Setting, tensors: list[Tensor]):
         self.setting, self.config, self.tensors = setting, setting.config, tensors
         self._seen: tuple = ()
-        self.guide_to_gradient = math.nan
 
     @property
     def trained(self) -> list[Tensor]:
@@ -2474,15 +2451,11 @@ class Backpropagation(Rule):
         ranks.broadcast(gradients, where)
         return loss, {tensor.index: gradient for tensor, gradient in zip(self.tensors, gradients)}
 
-    def norm(self, gradients: dict[int, torch.Tensor]) -> float:
-        """Return the norm of the whole gradient."""
-        dtype = wide(self.setting.objective.device)
-        norms = [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in gradients.values()]
-        return torch.linalg.vector_norm(torch.stack(norms)).item()
-
     def measure(self, step: int, rate: float) -> Record:
         loss, gradients = self.look(step)
-        norm = self.norm(gradients)
+        dtype = wide(self.setting.objective.device)
+        norms = [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in gradients.values()]
+        norm = torch.linalg.vector_norm(torch.stack(norms)).item()
         finite(step, loss_of_the_backpropagation=loss, gradient_of_the_backpropagation=norm)
         return Record(step, rate, loss, norm, np.empty(0))
 
@@ -2498,9 +2471,6 @@ class Backpropagation(Rule):
         head = {} if exact is None else {exact.index: gradients.pop(exact.index)}
         self.setting.optimizer.apply_gradients(gradients, record.learning_rate)
         self.setting.optimizer.apply_gradients(head, self.setting.head_rate(step))
-
-    def about(self) -> list[str]:
-        return []
 
 
 class QueryRule(Rule):
@@ -2531,17 +2501,16 @@ class QueryRule(Rule):
         self.grid = Grid(self.tensors, self.config.epsilon, self.bent(self.family).largest, workers)
 
     def measure(self, step: int, rate: float) -> Record:
-        queries, config = self.look(step), self.config
+        queries, family = self.look(step), self.look(step).family
         losses = self.setting.ranks.exchange(lambda: self.own_losses(queries), f"step {step}")
         c = self.finite(step, losses)
         kept = np.isfinite(c)
-        family = queries.family
         square = sum(family.square(tensor) for tensor in self.tensors)  # ||g|| for nearly orthogonal z_i
         norm = float(np.sqrt(square * np.sum(c[kept] ** 2)) / (kept.sum() * family.gain))
         if not max(1.0, rate) * abs(c[kept]).sum() * family.largest < LARGEST_UPDATE:
             raise NonFiniteError(f"step {step}: the update would overflow (|g| is about {norm:.1e}); {LOWER_RATE}")
         if self.setting.optimizer.name == "sgd":
-            rate = trusted_rate(rate, c[kept], self.setting.factor(step) * config.max_decrease, family.gain)
+            rate = trusted_rate(rate, c[kept], self.setting.factor(step) * self.config.max_decrease, family.gain)
         return Record(step, rate, float(losses[kept].mean()), norm, c)
 
     def apply(self, record: Record) -> None:
@@ -2549,17 +2518,13 @@ class QueryRule(Rule):
         self.setting.optimizer.apply_estimate(self.tensors, queries, record.projected_grads, record.learning_rate)
 
     def own_losses(self, queries: Queries) -> np.ndarray:
-        """Return the losses of this rank's queries, float64 [its share, 2]; where memory runs out, in smaller
-        groups.
-        """
+        """Return the losses of this rank's queries, float64 [share, 2]; where memory runs out, in smaller groups."""
         setting, ids = self.setting, self.setting.batch(queries.step)
-        batch = query_batch(ids, ids, queries.q, self.config.query_data)
-        chosen, heed = setting.ranks.share(queries.q), setting.ranks.stop.heed
+        batch, ranks = query_batch(ids, ids, queries.q, self.config.query_data), setting.ranks
+        fixed = setting.objective, self.tensors, batch, queries
         while True:
             try:
-                return query_losses(
-                    setting.objective, self.tensors, batch, queries, self.group, self.grid, chosen, heed
-                )
+                return query_losses(*fixed, self.group, self.grid, ranks.share(queries.q), ranks.stop.heed)
             except (RuntimeError, MemoryError) as failure:
                 if not is_out_of_memory(failure) or self.group == 0:
                     raise
@@ -2570,9 +2535,7 @@ class QueryRule(Rule):
                 torch.cuda.empty_cache()
 
     def finite(self, step: int, losses: np.ndarray) -> np.ndarray:
-        """Return the projected gradients; a query that is not finite stops the run, or is NaN where --on_nonfinite
-        skip.
-        """
+        """Return the projected gradients; one that is not finite ends the run, or is NaN where --on_nonfinite skip."""
         c = projected_gradients(losses, self.config.epsilon)
         bad = np.flatnonzero(~np.isfinite(c))
         if len(bad) == 0:
@@ -2602,11 +2565,9 @@ class QueryRule(Rule):
         lines.append(family.about(config.query_budget_q, self.dimension))
         stable = family.stable_rate(config.query_budget_q, self.dimension)
         if self.setting.optimizer.name == "sgd" and config.learning_rate > 1e4 * stable:
-            lines.append(
-                f"warning: --learning_rate {config.learning_rate:g} is "
-                f"{config.learning_rate / stable:.0e} times the stable "
-                f"step of these queries ({stable:.0e}); if the loss rises, lower it or raise --query_budget_q"
-            )
+            times = f"{config.learning_rate / stable:.0e} times the stable step of these queries ({stable:.0e})"
+            advice = "if the loss rises, lower it or raise --query_budget_q"
+            lines.append(f"warning: --learning_rate {config.learning_rate:g} is {times}; {advice}")
         return lines
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -2632,9 +2593,15 @@ class ClosedFormHead(Rule):
     """The output layer's exact gradient from the logits of one pass, beside a rule for all other tensors (or none)."""
 
     def __init__(self, setting: Setting, inner: Rule | None):
-        super().__init__(setting, inner.tensors if inner else [])
-        self.inner = inner
-        self.passes = 2.0 + (inner.passes if inner else 0)  # the pass, and the products with the logits' error
+        self.inner, self.alone = inner or Rule(setting, []), inner is None
+        super().__init__(setting, self.inner.tensors)
+        self.passes = 2.0 + (0 if self.alone else inner.passes)  # the pass, and the products with the logits' error
+        for name in ("settle", "learn", "state_dict", "load_state_dict"):  # the output layer keeps nothing
+            setattr(self, name, getattr(self.inner, name))
+
+    @property
+    def guide_to_gradient(self) -> float:
+        return self.inner.guide_to_gradient
 
     @property
     def trained(self) -> list[Tensor]:
@@ -2651,35 +2618,17 @@ class ClosedFormHead(Rule):
         norm = torch.linalg.vector_norm(error.weight).item()
         if not math.isfinite(norm):
             raise NonFiniteError(f"step {step}: the output layer's gradient is {norm}; lower --head_learning_rate")
-        return self.inner.measure(step, rate) if self.inner else Record(step, rate, error.loss, norm, np.empty(0))
+        return Record(step, rate, error.loss, norm, np.empty(0)) if self.alone else self.inner.measure(step, rate)
 
     def apply(self, record: Record) -> None:
         error = self.look(record.step)
-        if self.inner:
-            self.inner.finish(record)
+        self.inner.finish(record)
         head = {self.setting.exact.index: error.weight}
         self.setting.optimizer.apply_gradients(head, self.setting.head_rate(record.step))
 
-    def settle(self) -> None:
-        if self.inner:
-            self.inner.settle()
-
-    def learn(self, step: int, gradients: dict[int, torch.Tensor]) -> None:
-        if self.inner:
-            self.inner.learn(step, gradients)
-            self.guide_to_gradient = self.inner.guide_to_gradient
-
     def about(self) -> list[str]:
         lines = [f"head: gradient in closed form, AdamW at {self.config.head_learning_rate:g}"]
-        return lines + (self.inner.about() if self.inner else [])
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.inner.state_dict() if self.inner else {}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        if self.inner:
-            self.inner.load_state_dict(state)
-            self.guide_to_gradient = self.inner.guide_to_gradient
+        return lines + ([] if self.alone else self.inner.about())
 
 
 class Branch:
@@ -2692,11 +2641,8 @@ class Branch:
     def __init__(self, objective: Objective, tensors: list[Tensor]):
         self.blocks = decoder_blocks(objective.model)
         at = {id(p): number for number, block in enumerate(self.blocks) for p in block.parameters()}
-        self.tensors: list[list[Tensor]] = [[] for _ in self.blocks]
-        for tensor in tensors:
-            if id(tensor.parameter) in at:
-                self.tensors[at[id(tensor.parameter)]].append(tensor)
-        self.outer = [tensor for tensor in tensors if id(tensor.parameter) not in at]
+        self.tensors = [[t for t in tensors if at.get(id(t.parameter)) == number] for number in range(len(self.blocks))]
+        self.outer = [t for t in tensors if id(t.parameter) not in at]
         if self.cut and any(self.tensors):
             self._refuse_norms_behind(objective)
 
@@ -2718,15 +2664,13 @@ class Branch:
 
     def gradients(self, at: int, e: torch.Tensor, x: torch.Tensor, call: Callable) -> tuple:
         """Return a block's output y for its input x [R, T, d], the gradients of <y, e> by tensor index, and in x."""
-        norms = [m for m in self.blocks[at].children() if self.cut and "norm" in type(m).__name__.lower()]
-        hooks = [m.register_forward_pre_hook(lambda m, given: (given[0].detach(), *given[1:])) for m in norms]
         x = x.detach().requires_grad_(at == 0 and self.enters)
-        try:
-            with torch.enable_grad():
-                y = call(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with contextlib.ExitStack() as hooks, torch.enable_grad():
+            for m in self.blocks[at].children():
+                if self.cut and "norm" in type(m).__name__.lower():
+                    cut = m.register_forward_pre_hook(lambda m, given: (given[0].detach(), *given[1:]))
+                    hooks.enter_context(cut)
+            y = call(x)
         wanted = [tensor.parameter for tensor in self.tensors[at]] + [x] * x.requires_grad
         found = torch.autograd.grad(y, wanted, e.to(y.dtype), allow_unused=True) if wanted else []
         own = {t.index: gradient for t, gradient in zip(self.tensors[at], found) if gradient is not None}
@@ -2762,13 +2706,11 @@ class Stream(Branch):
             transposed = isinstance(module, transformers.pytorch_utils.Conv1D)  # W [in, out]
             found[index] = weight.T.contiguous() if transposed else weight
 
-        mine = [(t.index, self.writers[id(t.parameter)]) for t in self.tensors[at]]
-        hooks = [module.register_forward_hook(functools.partial(product, index)) for index, module in mine]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for t in self.tensors[at]:
+                writer = self.writers[id(t.parameter)]
+                hooks.enter_context(writer.register_forward_hook(functools.partial(product, t.index)))
             return call(x), found, None
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 CARRIES: dict[str, type[Branch]] = {"stream": Stream, "branch": Branch, "block": Block}
@@ -2776,15 +2718,15 @@ CARRIES: dict[str, type[Branch]] = {"stream": Stream, "branch": Branch, "block":
 
 class Look(NamedTuple):
     """What the first passes of a feedback step show: the loss, the error e at the top of the stream [R, T, d], the
-    embedding's output h0 [R, T, d] with its graph, gradients outside the blocks and those that enter the embedding, by
-    tensor index, and the regression's two moments [d, d] with this step's queries in them.
+    embedding's output h0 [R, T, d] with its graph, its error delta0 where that does not come from a block, gradients
+    outside the blocks by tensor index, and the regression's two moments [d, d] with this step's queries in them.
     """
 
     loss: float
     e: torch.Tensor
     h0: torch.Tensor
+    delta0: torch.Tensor | None
     gradients: dict[int, torch.Tensor]
-    entry: dict[int, torch.Tensor]
     moments: tuple[torch.Tensor, torch.Tensor] | None
 
 
@@ -2817,7 +2759,7 @@ class Feedback(Rule):
     h0 to the top, and delta0 = e V^T / r (node perturbation: Widrow and Lehr 1990, Fiete and Seung 2006; learned
     feedback: Lansdell et al. 2019, arXiv 1906.00889; activity perturbation: Ren et al. 2022, arXiv 2210.03310; FDFA:
     arXiv 2212.07282). Without queries delta0 = e. A block's gradients are applied and freed before the next one's are
-    made. grad_norm is that of what the first passes show, outside the blocks, each side of a tied embedding by itself.
+    made, and the output's before the embedding's, which grad_norm leaves out, as it does those of the blocks.
     """
 
     optimizers = None
@@ -2872,27 +2814,15 @@ class Feedback(Rule):
         gradients = {t.index: g for t, g in zip(self.outer, tail) if g is not None}
         exact = {id(objective.head.weight): error.weight, id(objective.head.bias): error.bias}
         gradients |= {t.index: exact[id(t.parameter)] for t in self.outer if id(t.parameter) in exact}
-        look = Look(error.loss, e.float(), seen["h0"], gradients, {}, self.moments)
-        return self._entered(step, ids, look, seen["top"].detach().float())
-
-    def _entered(self, step: int, ids: torch.Tensor, look: Look, top: torch.Tensor) -> Look:
-        """Return a look with what queries say of the embedding's gradient, where that does not come from a block."""
-        if not self.reaches or self.carry.enters:
-            return look
-        delta0, r = look.e, look.h0.detach().float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
-        if self.probes:
-            look = look._replace(moments=self._regress(step, ids, r, top))
-            a, c = look.moments
-            ridge = self.RIDGE * a.diagonal().mean() * torch.eye(len(a), device=a.device)
-            delta0 = look.e @ torch.linalg.solve(a + ridge, c).T / r
-        self._enter(look, delta0)
-        return look
-
-    def _enter(self, look: Look, delta0: torch.Tensor) -> None:
-        """Take the gradients of what makes h0, the embeddings, given delta0 [R, T, d]."""
-        parameters = [tensor.parameter for tensor in self.outer]
-        found = torch.autograd.grad(look.h0, parameters, delta0.to(look.h0.dtype), allow_unused=True)
-        look.entry.update({t.index: gradient for t, gradient in zip(self.outer, found) if gradient is not None})
+        top, delta0, moments = seen["top"].detach().float(), None, self.moments
+        e = e.float()
+        if self.reaches and not self.carry.enters:
+            delta0, r = e, seen["h0"].detach().float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+            if self.probes:
+                moments = a, c = self._regress(step, ids, r, top)
+                ridge = self.RIDGE * a.diagonal().mean() * torch.eye(len(a), device=a.device)
+                delta0 = e @ torch.linalg.solve(a + ridge, c).T / r
+        return Look(error.loss, e, seen["h0"], delta0, gradients, moments)
 
     def _regress(self, step: int, ids: torch.Tensor, r: torch.Tensor, top: torch.Tensor) -> tuple:
         """Return the moments A and C, float32 [d, d], with this step's queries in them."""
@@ -2905,31 +2835,39 @@ class Feedback(Rule):
 
     def _responses(self, step: int, ids: torch.Tensor, r: torch.Tensor, top: torch.Tensor, chosen: range) -> np.ndarray:
         """Return xi^T D of the chosen queries, float32 [len(chosen), d, d]; `group` queries in one pass of the body."""
-        width, found = top.shape[-1], []
+        objective, epsilon, width = self.setting.objective, self.config.epsilon, top.shape[-1]
+        found = np.empty((len(chosen), width, width), np.float32)
         for lo in range(0, len(chosen), self.group):
             self.setting.ranks.stop.heed()
             noises = [node_noise(self.config.seed, step, query, top) for query in chosen[lo : lo + self.group]]
-            moved = perturbed_top(self.setting.objective, ids, [self.config.epsilon * r * xi for xi in noises])
-            for xi, y in zip(noises, moved.float().chunk(len(noises))):
-                response = (y - top) / self.config.epsilon
-                found.append((xi.view(-1, width).T @ response.view(-1, width)).cpu().numpy())
-        return np.stack(found) if found else np.empty((0, width, width), np.float32)
+            moved = perturbed_top(objective, ids, [epsilon * r * xi for xi in noises])
+            for row, xi, y in zip(itertools.count(lo), noises, moved.float().chunk(len(noises))):
+                found[row] = (xi.view(-1, width).T @ ((y - top) / epsilon).view(-1, width)).cpu().numpy()
+        return found
 
     def measure(self, step: int, rate: float) -> Record:
         look = self.look(step)
-        norms = [torch.linalg.vector_norm(g).item() for g in (*look.gradients.values(), *look.entry.values())]
-        error = torch.linalg.vector_norm(look.e).item()
-        finite(step, loss=look.loss, error_at_the_output=error, gradient=math.hypot(*norms))
-        return Record(step, rate, look.loss, math.hypot(*norms), np.empty(0))
+        norm = math.hypot(*(torch.linalg.vector_norm(g).item() for g in look.gradients.values()))
+        finite(step, loss=look.loss, error_at_the_output=torch.linalg.vector_norm(look.e).item(), gradient=norm)
+        if look.delta0 is not None:
+            finite(step, error_at_the_embedding=torch.linalg.vector_norm(look.delta0).item())
+        return Record(step, rate, look.loss, norm, np.empty(0))
+
+    def _entry(self, look: Look, delta0: torch.Tensor | None) -> dict[int, torch.Tensor]:
+        """Return the gradients, by tensor index, of what makes h0, the embeddings, given delta0 [R, T, d]."""
+        if delta0 is None or not self.reaches:
+            return {}
+        parameters = [tensor.parameter for tensor in self.outer]
+        found = torch.autograd.grad(look.h0, parameters, delta0.to(look.h0.dtype), allow_unused=True)
+        return {t.index: gradient for t, gradient in zip(self.outer, found) if gradient is not None}
 
     def apply(self, record: Record) -> None:
         look, objective, optimizer = self.look(record.step), self.setting.objective, self.setting.optimizer
-        self.moments = look.moments
+        self.moments, entering = look.moments, [look.delta0]
 
         def block(at: int, x: torch.Tensor, call: Callable) -> torch.Tensor:
             y, gradients, delta0 = self.carry.gradients(at, look.e, x, call)
-            if delta0 is not None and self.reaches:
-                self._enter(look, delta0)
+            entering.extend([] if delta0 is None else [delta0])
             optimizer.apply_gradients(gradients, record.learning_rate)
             return y
 
@@ -2937,13 +2875,14 @@ class Feedback(Rule):
         with torch.no_grad(), objective.quiet(), objective.blocks_replaced(forwards):
             objective.hidden(self.setting.batch(record.step))
         optimizer.apply_gradients(look.gradients, record.learning_rate)
-        self.entry.apply_gradients(look.entry, record.learning_rate)
-        optimizer.apply_gradients(look.entry, record.learning_rate)  # what is not tied
+        entry = self._entry(look, entering[-1])  # a tied embedding's gradient as output layer is gone by now
+        self.entry.apply_gradients(entry, record.learning_rate)
+        optimizer.apply_gradients(entry, record.learning_rate)  # what is not tied
 
     def learn(self, step: int, gradients: dict[int, torch.Tensor]) -> None:
         look = self.look(step)
         self.moments, own = look.moments, dict(look.gradients)
-        for index, gradient in look.entry.items():
+        for index, gradient in self._entry(look, look.delta0).items():
             own[index] = own[index] + gradient if index in own else gradient
         both = [(gradient, gradients[index]) for index, gradient in own.items()]
         self.guide_to_gradient = cosine(*zip(*both)) if both else math.nan
