@@ -1791,8 +1791,7 @@ class DenseHead(HeadTiles):
 
 
 class Perturbed:
-    """The modules of a pass of [queries, 2 signs, rows] sequences, each group of rows through its own theta +- epsilon
-    z_i.
+    """The modules of a pass of [queries, 2 signs, rows] sequences, each group of rows at its own theta +- epsilon z_i.
 
     Linear layers and embeddings take a block of z at a time (drawn once for both signs) or low-rank factors, any other
     module `torch.func.functional_call`, group by group. The weights are not written.
@@ -1800,8 +1799,9 @@ class Perturbed:
 
     def __init__(self, objective: Objective, tensors: list[Tensor], queries: Queries, chosen, rows: int, tokens: int):
         self.objective, self.workers = objective, objective.workers
-        self.epsilon, self.count, self.rows, self.tokens = queries.epsilon, len(chosen), rows, tokens
-        self.family = queries.family
+        self.family, self.epsilon, self.count = queries.family, queries.epsilon, len(chosen)
+        self.of_group = rows, rows * tokens  # what a module is given of a group: sequences, or their tokens
+        self.of_batch = tuple(2 * self.count * length for length in self.of_group)
         self.owned = {id(tensor.parameter): tensor for tensor in tensors}
         self.directions = [queries.directions(query, tensors) for query in chosen]
         self.plus_minus = torch.tensor([1.0, -1.0], device=objective.device)
@@ -1810,10 +1810,8 @@ class Perturbed:
         """Return W + epsilon z and W - epsilon z of one block, [rows, columns] each, in this worker's scratch."""
         theta = tensor.matrix[tensor.span(block)]
         z = draw(self.directions[query][tensor.index], tensor, block, self.workers)
-        pair = [self.workers.scratch(name, theta.shape, theta.dtype) for name in ("plus", "minus")]
-        for out, sign in zip(pair, (1, -1)):
-            torch.add(theta, z, alpha=sign * self.epsilon, out=out)
-        return pair[0], pair[1]
+        plus, minus = (self.workers.scratch(name, theta.shape, theta.dtype) for name in ("plus", "minus"))
+        return torch.add(theta, z, alpha=self.epsilon, out=plus), torch.add(theta, z, alpha=-self.epsilon, out=minus)
 
     def at_query(self, parameter: torch.nn.Parameter, query: int) -> torch.Tensor:
         """Return a parameter at theta + epsilon z and theta - epsilon z of one query, [2, *shape]."""
@@ -1849,7 +1847,7 @@ class Perturbed:
 
     def grouped(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [N, T, ..., n] or [N*T, n] as [queries, 2, everything of a group, n]."""
-        if x.shape[0] not in (2 * self.count * self.rows, 2 * self.count * self.rows * self.tokens):
+        if x.shape[0] not in self.of_batch:
             raise CannotBatch(f"a module is given {x.shape[0]} rows, which are not the rows of the batch")
         return x.reshape(self.count, 2, -1, x.shape[-1])
 
@@ -1898,7 +1896,7 @@ class Perturbed:
         """Return rows of W +- epsilon z for every group; only blocks that hold a wanted row are drawn."""
         tensor = self.owned[id(module.weight)]
         if ids.shape[0] == 1:  # positions, the same for every row of the batch
-            ids = ids.expand(2 * self.count * self.rows, *ids.shape[1:])
+            ids = ids.expand(self.of_batch[0], *ids.shape[1:])
         flat = self.grouped(ids[..., None])[..., 0]
         if self.family.low_rank(tensor):
             left, right = self.stacked_factors(tensor, module.weight.dtype)
@@ -1930,13 +1928,10 @@ class Perturbed:
 
     def generic(self, module: torch.nn.Module, *args, **kwargs) -> torch.Tensor:
         """Call any module group by group: arguments that hold the batch's rows are cut, others are shared."""
-        groups = 2 * self.count
-        rows = (groups * self.rows, groups * self.rows * self.tokens)
 
-        def cut(value) -> list:
-            if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] not in rows:
-                return [value] * groups
-            return list(value.chunk(groups))
+        def cut(value) -> Sequence:
+            whole = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] in self.of_batch
+            return value.chunk(2 * self.count) if whole else [value] * (2 * self.count)
 
         pieces, named = [cut(arg) for arg in args], {name: cut(value) for name, value in kwargs.items()}
         mine = [(n, p) for n, p in module.named_parameters(recurse=False) if id(p) in self.owned]
@@ -1948,9 +1943,9 @@ class Perturbed:
                 own = {name: value[sign] for name, value in values.items()}
                 given = tuple(piece[at] for piece in pieces), {name: piece[at] for name, piece in named.items()}
                 out = torch.func.functional_call(module, own, *given)
-                if not isinstance(out, torch.Tensor) or out.shape[0] not in (1, self.rows, self.rows * self.tokens):
+                if not isinstance(out, torch.Tensor) or out.shape[0] not in (1, *self.of_group):
                     raise CannotBatch(f"{type(module).__name__} does not return one row for each of its input")
-                outputs.append(out.expand(self.rows, *out.shape[1:]) if out.shape[0] == 1 else out)
+                outputs.append(out.expand(self.of_group[0], *out.shape[1:]) if out.shape[0] == 1 else out)
         return torch.cat(outputs)
 
 
@@ -2234,6 +2229,7 @@ class Optimizer:
         self.decay = {tensor.index: decay if tensor.parameter.ndim > 1 else 0.0 for tensor in tensors}
         made = {t.index: self._make("adam" if t is exact else name, t, id(t.parameter) in outer) for t in tensors}
         self.each = {index: optimizer for index, optimizer in made.items() if optimizer is not None}
+        self.stateful = [tensor for tensor in tensors if tensor.index in self.each]
 
     def _make(self, name: str, tensor: Tensor, outer: bool) -> torch.optim.Optimizer | None:
         parameter, decay = tensor.parameter, self.decay[tensor.index]
@@ -2279,13 +2275,13 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the state of every torch optimizer, as <tensor's name>/<entry>."""
-        own = ((tensor.name, self.each[tensor.index].state) for tensor in self.tensors if tensor.index in self.each)
+        own = ((tensor.name, self.each[tensor.index].state) for tensor in self.stateful)
         return {f"{name}/{key}": v for name, state in own for entries in state.values() for key, v in entries.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take what `state_dict` gave; raises ValueError where it is of other tensors or shapes."""
         left = dict(state)
-        for tensor in (tensor for tensor in self.tensors if tensor.index in self.each):
+        for tensor in self.stateful:
             own = {key: left.pop(key) for key in list(left) if key.rpartition("/")[0] == tensor.name}
             if any(value.ndim and value.shape != tensor.parameter.shape for value in own.values()):
                 raise ValueError(f"the optimizer's state of {tensor.name} has another shape")
