@@ -2175,8 +2175,7 @@ def zo_gradient_estimator(
     Returns:
         grads: one a parameter given, its shape and dtype; loss: float64 scalar, the mean of all measured losses.
 
-    Raises ValueError, in one line, for arguments that can't be used, and FloatingPointError for losses or weights that
-    are not finite.
+    Raises ValueError, in one line, for arguments that can't be used, FloatingPointError for what is not finite.
     """
     named = [pair if isinstance(pair, tuple) else (f"parameter {i}", pair) for i, pair in enumerate(trainable_params)]
     tensors = trainable_tensors(named)
@@ -2186,10 +2185,9 @@ def zo_gradient_estimator(
     check_call(model, tensors, inputs, labels, values, choices)
     if query_data == "distinct" and len(inputs) % q:
         raise ValueError(f"{len(inputs)} rows can't be divided evenly among {q} queries")
-    device = torch.device(device)
     batch = query_batch(inputs.to(device), labels.to(device), q, query_data)
     queries = Queries(known[direction](rank), seed, step, q, epsilon)
-    with Workers(device) as workers:
+    with Workers(torch.device(device)) as workers:
         objective = Objective(model, workers, compute_dtype, None if is_plain_loss(loss_fn) else loss_fn)
         losses = query_losses(objective, tensors, batch, queries, parallel_batch_size if parallel_q_computation else 0)
         if not np.isfinite(losses).all():
@@ -2810,12 +2808,11 @@ class Feedback(Rule):
         gradients = {t.index: g for t, g in zip(self.outer, tail) if g is not None}
         exact = {id(objective.head.weight): error.weight, id(objective.head.bias): error.bias}
         gradients |= {t.index: exact[id(t.parameter)] for t in self.outer if id(t.parameter) in exact}
-        top, delta0, moments = seen["top"].detach().float(), None, self.moments
-        e = e.float()
+        e, delta0, moments = e.float(), None, self.moments
         if self.reaches and not self.carry.enters:
             delta0, r = e, seen["h0"].detach().float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
             if self.probes:
-                moments = a, c = self._regress(step, ids, r, top)
+                moments = a, c = self._regress(step, ids, r, seen["top"].detach().float())
                 ridge = self.RIDGE * a.diagonal().mean() * torch.eye(len(a), device=a.device)
                 delta0 = e @ torch.linalg.solve(a + ridge, c).T / r
         return Look(error.loss, e, seen["h0"], delta0, gradients, moments)
