@@ -19,7 +19,7 @@ Configuration, Randomness, Processes, Loss, Directions, Estimation, Optimization
 record applied), Data, Model, Evaluation, Run directory, Reporting, Phases (what a run keeps for each, and account of),
 Training.
 
-Where things go: a direction family is a class beside `Gaussian` and a line in FAMILIES; an optimizer is a line in
+Where things go: a direction family is a class beside `Gaussian` and a line in DIRECTIONS; an optimizer is a line in
 `Optimizer._make` and in OPTIMIZERS; a metrics column is a name in METRICS and a value in `Account.row`; a file format
 is a line in LOCAL_FORMATS.
 """
@@ -1377,7 +1377,7 @@ class Objective:
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 # A family owns its consequences: its defaults, what it looks at, z, the bound of |z| that the grid needs, the passes it
 # adds, its line on the banner. Both evaluation paths and every update ask only for these, so a new family is one class,
-# and one line in FAMILIES.
+# and one line in DIRECTIONS.
 
 
 class Dense:
@@ -1602,6 +1602,14 @@ def leading_directions(x: torch.Tensor, rank: int, seed: int, index: int) -> tor
         basis = torch.linalg.qr(x.T @ (x @ basis)).Q
     inside = torch.linalg.svd(x @ basis, full_matrices=False).Vh
     return (basis @ inside[:rank].T).contiguous()
+
+
+DIRECTIONS: dict[str, type[Gaussian]] = {
+    "gaussian": Gaussian,
+    "rademacher": Rademacher,
+    "lowrank": LowRank,
+    "aligned": Aligned,
+}
 
 
 class Guided:
@@ -2180,7 +2188,7 @@ def zo_gradient_estimator(
     named = [pair if isinstance(pair, tuple) else (f"parameter {i}", pair) for i, pair in enumerate(trainable_params)]
     tensors = trainable_tensors(named)
     values = {"q": q, "epsilon": epsilon, "parallel_batch_size": parallel_batch_size, "rank": rank}
-    known = {"gaussian": Gaussian, "rademacher": Rademacher, "lowrank": LowRank}
+    known = {name: family for name, family in DIRECTIONS.items() if not family.passes}
     choices = {"direction": (direction, known), "query_data": (query_data, ("shared", "distinct"))}
     check_call(model, tensors, inputs, labels, values, choices)
     if query_data == "distinct" and len(inputs) % q:
@@ -2899,13 +2907,7 @@ class Feedback(Rule):
             self.entry.load_state_dict(entry)
 
 
-FAMILIES: dict[str, type] = {
-    "gaussian": Gaussian,
-    "rademacher": Rademacher,
-    "lowrank": LowRank,
-    "aligned": Aligned,
-    "feedback": Feedback,
-}
+FAMILIES: dict[str, type] = DIRECTIONS | {"feedback": Feedback}
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
