@@ -29,7 +29,7 @@ KINDS = {
     "sgd": {"use_lr_scheduler": True, "warmup_steps": 3},
     "adam": {"optimizer": "adam", "direction": "lowrank", "parallel_q_computation": True},
     "mudamw": {"optimizer": "mudamw", "direction": "rademacher", "weight_decay": 0.1},
-    "feedback": {"direction": "feedback", "optimizer": "adam", "query_budget_q": 1, "use_lr_scheduler": True},
+    "block": {"direction": "feedback", "optimizer": "adam", "query_budget_q": 0, "use_lr_scheduler": True},
     "stream": {"direction": "feedback", "carry": "stream", "optimizer": "adam"},
     "closed form": {"head": "closed_form", "direction": "aligned"},
     "Instruct": {"mode": "Instruct", "bp_interval": 3, "direction": "feedback", "optimizer": "mudamw"},

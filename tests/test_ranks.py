@@ -28,6 +28,8 @@ RUNS = {
     },
     "aligned": {"query_budget_q": 4, "direction": "aligned", "rank": 2},
     "feedback, fewer queries than ranks": {"query_budget_q": 1, "direction": "feedback", "optimizer": "adam"},
+    "feedback, block": {"query_budget_q": 0, "direction": "feedback", "optimizer": "adam"},
+    "feedback, branch": {"query_budget_q": 3, "direction": "feedback", "carry": "branch", "optimizer": "adam"},
     "feedback, stream": {"query_budget_q": 3, "direction": "feedback", "carry": "stream", "optimizer": "adam"},
     "closed form alone": {"query_budget_q": 0, "direction": "gaussian", "head": "closed_form"},
     "backpropagation": {"mode": "FO", "optimizer": "mudamw"},
