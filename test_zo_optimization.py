@@ -40,7 +40,7 @@ from unittest import mock
 import reproduce_zo_paper as zo
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines
-if "torch" not in sys.modules and multiprocessing.parent_process() is None:
+if "torch" not in sys.modules and __name__ != "__mp_main__":
     zo.tune_process()  # before torch is imported, as the script does; not where memory is measured
 
 import numpy as np
