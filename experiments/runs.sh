@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The runs of RESULTS.md: `experiments/runs.sh tiny|20M|instruct|paper` makes a group of them, one after the other, in logs/GROUP
+# The runs of RESULTS.md: `experiments/runs.sh tiny|20M|instruct|other|paper` makes a group of them, one after the other, in logs/GROUP
 # (LOG_DIR/GROUP). A run that is there is left alone. ONLY=PATTERN limits them to names that match, SEEDS="0 1" the seeds, THREADS=1 is
 # for two of these side by side. The tables and the picture: python experiments/report.py runs logs/GROUP docs/PICTURE.png
 set -euo pipefail
 cd "$(dirname "$0")/.."
-group=${1:?tiny, 20M, instruct or paper}
+group=${1:?tiny, 20M, instruct, other or paper}
 logs=${LOG_DIR:-logs}/$group
 
 run() { # NAME FLAGS...
@@ -17,11 +17,24 @@ run() { # NAME FLAGS...
         ${THREADS:+--num_threads "$THREADS"} "$@"
 }
 
+standard_library() { # FOLDER: the sources of Python's own library, without its tests, as stdlib.jsonl
+    mkdir -p "$1"
+    python - "$1/stdlib.jsonl" << 'END'
+import json, pathlib, sys, sysconfig
+
+root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+found = [path for pattern in ("*.py", "[a-z]*/*.py") for path in sorted(root.glob(pattern))]
+sources = [path for path in found if "site-packages" not in str(path) and "test" not in str(path)]
+with open(sys.argv[1], "w") as file:
+    file.writelines(json.dumps({"text": path.read_bytes().decode("utf-8", "replace")}) + "\n" for path in sources)
+END
+}
+
 for seed in ${SEEDS:-0 1 2}; do
     case $group in
         tiny)
             every="--seed $seed --max_samples 4000 --max_steps 1953 --use_lr_scheduler --warmup_steps 20 --eval_interval 50"
-            for q in 1 0 2 4; do run "branch_q${q}_$seed" --direction feedback --query_budget_q $q $every; done
+            for q in 1 0 2 4; do run "branch_q${q}_$seed" --direction feedback --carry branch --query_budget_q $q $every; done
             for q in 1 0; do run "stream_q${q}_$seed" --direction feedback --carry stream --query_budget_q $q $every; done
             run "block_$seed" --direction feedback --carry block $every
             run "fo_$seed" --mode FO $every
@@ -29,7 +42,7 @@ for seed in ${SEEDS:-0 1 2}; do
         20M)
             every="--model_size 20M --seed $seed --max_samples 4000 --max_steps 400 --use_lr_scheduler --warmup_steps 20"
             every="$every --eval_interval 25 --eval_samples 24"
-            for q in 1 0; do run "branch_q${q}_$seed" --direction feedback --query_budget_q $q $every; done
+            run "stream_q1_$seed" --direction feedback --query_budget_q 1 $every
             run "block_$seed" --direction feedback --carry block $every
             for rate in 1e-3 4e-4 2.5e-3; do run "fo_${rate}_$seed" --mode FO --learning_rate $rate $every; done
             ;;
@@ -38,8 +51,16 @@ for seed in ${SEEDS:-0 1 2}; do
             alone="--mode Instruct --bp_interval 5 --direction gaussian --query_budget_q 0"
             for rate in 3e-3 1e-2; do run "control_${rate}_$seed" $alone --learning_rate $rate $every; done
             run "instruct_$seed" --mode Instruct --bp_interval 5 $every
-            run "instruct_q0_$seed" --mode Instruct --bp_interval 5 --query_budget_q 0 $every
+            run "instruct_stream_$seed" --mode Instruct --bp_interval 5 --query_budget_q 1 $every
             run "fo_mudamw_$seed" --mode FO --optimizer mudamw --learning_rate 3e-3 $every
+            ;;
+        other)
+            every="--dataset $logs/stdlib.jsonl --seed $seed --max_steps 600 --use_lr_scheduler --warmup_steps 20 --eval_interval 100"
+            [[ -e $logs/stdlib.jsonl ]] || standard_library "$logs"
+            run "block_$seed" --direction feedback $every
+            run "stream_q1_$seed" --direction feedback --query_budget_q 1 $every
+            run "head_$seed" --direction gaussian --query_budget_q 0 --head closed_form --head_learning_rate 1e-3 $every
+            run "fo_$seed" --mode FO $every
             ;;
         paper)
             every="--seed $seed --max_samples 120 --eval_interval 34" # an epoch is 170 steps; the stages are six of them
