@@ -99,19 +99,27 @@ class RunError(Exception):
     exit_code = 1
 
 
-class UsageError(RunError):  # flags or input that can't be used
+class UsageError(RunError):
+    """Flags or input that can't be used."""
+
     exit_code = 2
 
 
-class NonFiniteError(RunError):  # a loss, gradient or weight that is not finite; nothing was updated with it
+class NonFiniteError(RunError):
+    """A loss, gradient or weight that is not finite; nothing was updated with it."""
+
     exit_code = 3
 
 
-class StorageError(RunError):  # a file or folder that can't be written
+class StorageError(RunError):
+    """A file or folder that can't be written."""
+
     exit_code = 4
 
 
-class RankError(RunError):  # another rank is gone, silent, or has other weights; a run that has begun can be resumed
+class RankError(RunError):
+    """Another rank is gone, silent, or has other weights; a run that has begun can be resumed."""
+
     exit_code = 5
 
 
