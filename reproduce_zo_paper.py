@@ -202,6 +202,7 @@ class Size(NamedTuple):
 MODEL_SIZES = {
     "tiny": Size(160, 4, 5, 448, "bpe:4096"),  # about 2M with its own tokenizer
     "20M": Size(256, 8, 8, 768),
+    "20M-paper": Size(320, 8, 5, 864, "bpe:32000"),  # after the paper's: half of it is the embedding
     "200M": Size(1024, 12, 16, 2688),
     "500M": Size(1280, 22, 20, 3456),
     "1B": Size(2048, 18, 16, 5504),
@@ -313,12 +314,13 @@ class Config:
     guide_cosine: float = BP(0.5, "cosine of directions to the last true gradient", above=0, below=1, needs="bent")
 
     optimizer: str = OPTIM(None, "sgd (no state), adam (AdamW), or mudamw (Muon on hidden matrices, AdamW elsewhere)",
-        choices=OPTIMIZERS, shown="sgd in ZO; adam in FO and with feedback; mudamw in Instruct and Calibrate")
+        choices=OPTIMIZERS, shown="sgd in ZO and layerwise; adam in FO, with feedback; mudamw in Instruct, Calibrate")
     learning_rate: float = OPTIM(None, "step size at its peak", above=0, shown="0.001; 0.003 in Instruct and Calibrate")
     head_learning_rate: float = OPTIM(3e-3, "rate of --head closed_form, as scheduled", above=0, needs="closed_form")
     guided_learning_rate: float = OPTIM(None, "step size between the backpropagations of Instruct and Calibrate, "
         "on the same schedule", above=0, needs="interval", shown="learning_rate")
-    clip_grad_norm: float = OPTIM(1.0, "largest norm of a true gradient (0: no limit)", least=0, needs="backward")
+    clip_grad_norm: float = OPTIM(None, "largest norm of a true gradient (0: no limit)", least=0, needs="backward",
+        shown="1; 0 in layerwise")
     max_decrease: float = OPTIM(None, "most nats that a step of sgd on queries may promise, rate times mean square of "
         "projected gradients: limits the rate (0: none)", least=0, needs="sgd queries", shown="0; 0.05 with aligned")
     epochs: int = OPTIM(1, "passes over the training tokens", least=1, free=True, needs="flat")
@@ -331,8 +333,7 @@ class Config:
     stage_epochs: str = LAYERS("2,1", "epochs of each stage, the last for all that follow", needs="layerwise epochs")
     stage_steps: str | None = LAYERS(None, "the same in steps, in place of epochs", needs="layerwise")
     stage_learning_rates: str | None = LAYERS(None, "rate of each stage (default: learning_rate)", needs="layerwise")
-    embedding_optimizer: str | None = LAYERS(None, "optimizer of the first stage, which is always backpropagation "
-        "(default: optimizer)", choices=OPTIMIZERS, needs="layerwise")
+    stage_optimizers: str | None = LAYERS(None, "optimizer of each stage (default: optimizer)", needs="layerwise")
 
     eval_interval: int = EVAL(100, "steps between validations; also at first, last, stage's end", least=1, free=True)
     eval_samples: int = EVAL(64, "validation sequences used (fewer if there are fewer)", least=1, most=10**7)
@@ -373,13 +374,16 @@ class Config:
         carry = self.carry or ("stream" if self.query_budget_q else "block")
         own = FAMILIES[direction].defaults(carry) if mode.queries and direction in FAMILIES else {}
         plain = {"query_budget_q": 8, "epsilon": EPSILON.get(self.dtype, 1e-3), "max_decrease": 0.0, "carry": carry}
-        defaults = plain | {"optimizer": "sgd", "learning_rate": 1e-3} | own | mode.defaults | {"direction": direction}
+        plain |= {"optimizer": "sgd", "learning_rate": 1e-3, "clip_grad_norm": 0.0 if self.layerwise else 1.0}
+        vanilla = {"optimizer": "sgd"} if self.layerwise and not own.get("optimizer") else {}  # as the paper has it
+        defaults = plain | own | mode.defaults | vanilla | {"direction": direction}
         return defaults | {"guided_learning_rate": self.learning_rate or defaults["learning_rate"]}
 
     kind = property(lambda self: MODES[self.mode], doc="What the steps of this mode are.")
     family = property(lambda self: FAMILIES[self.direction], doc="The direction family's class.")
     measures = property(lambda self: self.kind.queries and self.query_budget_q > 0, doc="Whether any query is made.")
     model_name = property(lambda self: Path(self.init_from or self.model_size).name, doc="The model's name or size.")
+    optimizers = property(lambda self: (self.stage_optimizers or self.optimizer).split(","), doc="Of stages, or one.")
     layerwise = property(lambda self: self.scope == "layerwise", doc="Whether layers are trained one after the other.")
     tokenizer_name = property(lambda self: self.tokenizer or self.init_from or MODEL_SIZES[self.model_size].tokenizer)
     source = property(lambda self: self.sources[0], doc="The run's documents.")
@@ -402,8 +406,10 @@ class Config:
     def changed(self, *also: str) -> dict:
         """Return the flags that shape the result (and those of `also`), have an effect and aren't defaults."""
         chosen = {"mode": self.mode, "direction": self.direction if self.kind.queries else None, "dtype": self.dtype}
+        chosen |= {"scope": self.scope}
         default = dataclasses.asdict(Config(**chosen, learning_rate=self.learning_rate))
-        default |= {"mode": "ZO", "dtype": "float32", "direction": self.kind.defaults.get("direction", "gaussian")}
+        default |= {"mode": "ZO", "dtype": "float32", "scope": "full"}
+        default["direction"] = self.kind.defaults.get("direction", "gaussian")
         default["learning_rate"] = Config(**chosen).learning_rate
         default["carry"] = Config(**chosen, query_budget_q=self.query_budget_q).carry
         shaping = [f for f in FIELDS.values() if not {"free", "action"} & f.metadata.keys() or f.name in also]
@@ -431,7 +437,7 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "bent": (lambda c: c.kind.guided and c.measures and c.family.perturbs_weights,
              "--mode Instruct with queries and a --direction other than feedback"),
     "closed_form": (lambda c: c.kind.queries and c.head == "closed_form", "--head closed_form"),
-    "sgd queries": (lambda c: c.measures and c.optimizer == "sgd" and c.family.perturbs_weights,
+    "sgd queries": (lambda c: c.measures and "sgd" in c.optimizers and c.family.perturbs_weights,
                     "--optimizer sgd and queries along a --direction other than feedback"),
     "schedule": (lambda c: c.use_lr_scheduler, "--use_lr_scheduler"),
     "flat": (lambda c: not c.layerwise, "a --scope other than layerwise, which has --stage_epochs"),
@@ -577,7 +583,7 @@ def value_faults(config: Config) -> list[str]:
          f"{c.batch_size} can't be divided evenly among --query_budget_q {q} queries; make it a multiple"),
         (not (local and q), f"--query_budget_q {q}: has no effect with --carry block, whose first block takes the "
          "error to the embedding"),
-        (not own.queries or c.optimizer in (family.optimizers or OPTIMIZERS), f"--optimizer {c.optimizer}: not for "
+        (not own.queries or set(c.optimizers) <= set(family.optimizers or OPTIMIZERS), "--optimizer mudamw: not for "
          f"--direction {c.direction}: Muon would amplify rounding in the null space of its estimate; take sgd or adam"),
         (c.min_lr <= c.learning_rate, f"--min_lr {c.min_lr:g}: must be from 0 to --learning_rate"),
         (not c.use_lr_scheduler or c.warmup_steps < (c.max_steps or sys.maxsize), f"--warmup_steps "
@@ -672,10 +678,14 @@ def dataset_fault(source: Source) -> str | None:
     return f"{named}: neither a file, nor a hub id (OWNER/NAME), nor a known data set{hint}"
 
 
-def numbers(text: str, kind: type) -> list:
-    """Return positive numbers that have commas between them; raises ValueError for any other text."""
+STAGE_LISTS = {"stage_epochs": int, "stage_steps": int, "stage_learning_rates": float, "stage_optimizers": str}
+
+
+def listed(text: str, kind: type) -> list:
+    """Return positive numbers or optimizers that have commas between them; raises ValueError for any other text."""
     values = [kind(part) for part in text.split(",")]
-    if not all(0 < value <= (1e6 if kind is float else 10**12) for value in values):
+    most = 1e6 if kind is float else 10**12
+    if not all(value in OPTIMIZERS if kind is str else 0 < value <= most for value in values):
         raise ValueError("out of range")
     return values
 
@@ -686,12 +696,12 @@ def text_faults(config: Config) -> list[str]:
     name, size = config.tokenizer_name, config.tokenizer_name.removeprefix("bpe:")
     if size != name and not (size.isdecimal() and len(size) < 9 and 257 <= int(size) <= 1_000_000):
         faults.append(f"--tokenizer {name}: N must be from 257 (bytes and end of text) to 1,000,000")
-    for name, kind in (("stage_epochs", int), ("stage_steps", int), ("stage_learning_rates", float)):
+    for name, kind in ((name, kind) for name, kind in STAGE_LISTS.items() if getattr(config, name)):
         try:
-            numbers(getattr(config, name) or "1", kind)
+            listed(getattr(config, name), kind)
         except ValueError:
-            wanted = f"{'whole ' * (kind is int)}numbers above 0 with commas between them, such as 2,1"
-            faults.append(f"--{name} {getattr(config, name)}: must be {wanted}")
+            wanted = ", ".join(OPTIMIZERS) if kind is str else f"{'whole ' * (kind is int)}numbers above 0, such as 2,1"
+            faults.append(f"--{name} {getattr(config, name)}: must be one or several, with commas, of {wanted}")
     return faults
 
 
@@ -1113,13 +1123,13 @@ class Tile(NamedTuple):
 class HeadTiles:
     """The output layer for `groups` groups, cut into slabs of the vocabulary that workers take one by one.
 
-    `weights(slab)` yields (rows of the vocabulary, [(group, weight rows [v, n], low)]) where low is None or
-    (t [S, r], a [v, r]): the group's logits are h W^T + bias + t a^T. Here W is shared by all groups; bias is
-    [1 or groups, vocabulary]; low is (t [groups, S, r], a [queries, vocabulary, r]), two groups a query.
+    `weights(slab)` yields (rows of the vocabulary, [(group, weight rows [v, n])]): the group's logits are h W^T + bias,
+    and h z^T for the (direction, its `inner` of h) that `factors` has of each group. Here W is shared by all groups;
+    bias is [1 or groups, vocabulary].
     """
 
-    def __init__(self, head: torch.nn.Linear, groups: int, scale: int, bias=None, low=None):
-        self.head, self.groups, self.low = head, groups, low
+    def __init__(self, head: torch.nn.Linear, groups: int, scale: int, bias=None, factors: Sequence[tuple] = ()):
+        self.head, self.groups, self.factors = head, groups, factors
         self.bias = head.bias[None] if bias is None and head.bias is not None else bias
         self.tile, slab, self.scale = TILE_VOCABULARY * scale, SLAB_VOCABULARY * scale, scale
         size = head.weight.shape[0]
@@ -1131,8 +1141,7 @@ class HeadTiles:
         _, first, last = slab
         for lo in range(first, last, self.tile):
             rows = slice(lo, min(last, lo + self.tile))
-            low = [self.low and (self.low[0][g], self.low[1][g // 2, rows]) for g in range(self.groups)]
-            yield rows, [(g, self.head.weight[rows], low[g]) for g in range(self.groups)]
+            yield rows, [(group, self.head.weight[rows]) for group in range(self.groups)]
 
     def tiles(
         self, slab: tuple[int, int, int], h: torch.Tensor, targets: torch.Tensor, workers: Workers
@@ -1140,14 +1149,16 @@ class HeadTiles:
         """Yield every tile of a slab; h [G, S, n], targets int64 [G, S]. The logits are scratch of this thread."""
         step = TILE_TOKENS * self.scale
         for rows, entries in self.weights(slab):
-            for (group, weight, low), lo in itertools.product(entries, range(0, h.shape[1], step)):
+            for (group, weight), lo in itertools.product(entries, range(0, h.shape[1], step)):
                 span = slice(lo, min(h.shape[1], lo + step))
                 x, local = h[group, span], targets[group, span] - rows.start
                 logits = workers.scratch("tile", (len(x), len(weight)), h.dtype)
-                if low is None:
+                if self.factors:  # z first: the product that follows adds to it for nothing
+                    direction, inner = self.factors[group]
+                    direction.outer(inner[span], rows, logits)
+                    logits.addmm_(x, weight.to(h.dtype).T)
+                else:
                     torch.mm(x, weight.to(h.dtype).T, out=logits)
-                else:  # low rank first: the product that follows adds to it for nothing
-                    torch.mm(low[0][span], low[1].T, out=logits).addmm_(x, weight.to(h.dtype).T)
                 if self.bias is not None:
                     logits.add_(self.bias[group % len(self.bias), rows])
                 inside = (local >= 0) & (local < len(weight))
@@ -1232,6 +1243,17 @@ def decoder_blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
     return sized[max(sized)] if sized else torch.nn.ModuleList()
 
 
+class Below(NamedTuple):
+    """What the first `count` blocks make of some sequences: the states [R, T, d] behind them."""
+
+    count: int
+    states: torch.Tensor
+
+    def split(self, rows: int) -> list[Below]:
+        """Return parts of so many sequences each."""
+        return [Below(self.count, states) for states in self.states.split(rows)]
+
+
 class Objective:
     """The next-token loss of a causal language model, as estimators need it: one value a group, logits never whole.
 
@@ -1242,10 +1264,10 @@ class Objective:
 
     def __init__(self, model: torch.nn.Module, workers: Workers, compute_dtype=None, loss_fn: Callable | None = None):
         self.model, self.workers, self.loss_fn = model, workers, loss_fn
-        self.device = workers.device
+        self.blocks, self.device = decoder_blocks(model), workers.device
         self.compute_dtype = None if compute_dtype == torch.float32 else compute_dtype
         self.scale = 1 if self.device.type == "cpu" else TILE_SCALE_ACCELERATOR
-        self.head = model.get_output_embeddings()
+        self.head, self._beside = model.get_output_embeddings(), None  # what a block returns beside its output
         self.sliced = loss_fn is None and self._head_is_plain()
 
     def _head_is_plain(self) -> bool:
@@ -1283,18 +1305,21 @@ class Objective:
             for module in training:
                 module.training = True
 
-    def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return the last hidden states, [N, T, n]."""
-        return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    def hidden(self, input_ids: torch.Tensor, below: Below | None = None) -> torch.Tensor:
+        """Return the last hidden states, [N, T, n], from those of `below` on where they are known."""
+        with self._from(below):
+            return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
-    def losses(self, input_ids: torch.Tensor, labels: torch.Tensor, groups: int = 1, batched: Batched | None = None):
+    def losses(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, below=None, groups: int = 1, batched: Batched | None = None
+    ) -> torch.Tensor:
         """Return the mean loss of each of `groups` equal runs of rows, at theta or, `batched`, each at its own theta.
 
-        input_ids and labels int64 [G*R, T] -> float64 [G].
+        input_ids and labels int64 [G*R, T], `below` what is known of these rows or None -> float64 [G].
         """
         with torch.no_grad(), self.quiet():
             with batched.installed() if batched else contextlib.nullcontext():
-                h = self.hidden(input_ids) if self.sliced else self._logits(input_ids)
+                h = self.hidden(input_ids, below) if self.sliced else self._logits(input_ids, below)
             h, targets = h[:, :-1].reshape(groups, -1, h.shape[-1]), labels[:, 1:].reshape(groups, -1)
             if not self.sliced:
                 each = (self._whole_loss(h[g], targets[g]).to(wide(self.device)) for g in range(groups))
@@ -1306,8 +1331,9 @@ class Objective:
             counted = targets != IGNORE_INDEX
             return torch.where(counted, normalizer - picked, 0.0).sum(1) / counted.sum(1)
 
-    def _logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, use_cache=False).logits
+    def _logits(self, input_ids: torch.Tensor, below: Below | None = None) -> torch.Tensor:
+        with self._from(below):
+            return self.model(input_ids=input_ids, use_cache=False).logits
 
     def _whole_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return (self.loss_fn or torch.nn.functional.cross_entropy)(full_precision(logits), targets)
@@ -1346,19 +1372,17 @@ class Objective:
         """For the time of a pass, the output y of block `at` is forwards[at](x, call) for its input x [R, T, d], where
         call(x) is the block itself.
         """
-        blocks = decoder_blocks(self.model)
+        blocks = self.blocks
         before = {at: blocks[at].__dict__.get("forward") for at in forwards}
 
         def stand_in(at: int, own: Callable, x: torch.Tensor, *args, **kwargs):
-            rest = []
-
             def call(value: torch.Tensor) -> torch.Tensor:
                 out = own(value, *args, **kwargs)
-                rest[:] = [out[1:] if isinstance(out, tuple) else None]
-                return out if rest == [None] else out[0]
+                self._beside = out[1:] if isinstance(out, tuple) else None
+                return out if self._beside is None else out[0]
 
             y = forwards[at](x, call)
-            return y if rest == [None] else (y, *rest[0])
+            return y if self._beside is None else (y, *self._beside)
 
         try:
             for at in forwards:
@@ -1369,11 +1393,50 @@ class Objective:
                 blocks[at].__dict__.pop("forward", None)
                 blocks[at].__dict__.update({} if forward is None else {"forward": forward})
 
+    def _from(self, below: Below | None) -> contextlib.AbstractContextManager:
+        """For the time of a pass, the first blocks are left out, and what is known takes the place of their output."""
+        if below is None:
+            return contextlib.nullcontext()
+        left_out = {at: lambda x, call: x for at in range(below.count - 1)}
+        return self.blocks_replaced(left_out | {below.count - 1: lambda x, call: below.states})
+
+    def below(self, input_ids: torch.Tensor, count: int) -> Below | None:
+        """Return what the first `count` blocks make of input_ids int64 [R, T], without a pass of the others; None for
+        no block.
+        """
+        kept = []
+        forwards = {at: lambda x, call: x for at in range(count, len(self.blocks))}
+        forwards[count - 1] = lambda x, call: kept.append(call(x)) or kept[0]
+        with torch.no_grad(), self.quiet(), self.blocks_replaced(forwards if count else {}):
+            if count:
+                self.model.base_model(input_ids=input_ids, use_cache=False)
+        return Below(count, kept[0]) if count else None
+
+    def fixed_blocks(self) -> int:
+        """Return how many blocks come before all that is trained (requires_grad), so that every query gives them the
+        same output; 0 where a pass that starts behind them is not bit for bit a whole one.
+        """
+        if all(parameter.requires_grad for parameter in self.model.parameters()):
+            return 0
+        fixed = []
+        ids = torch.arange(16, device=self.device).view(2, 8) % self.model.get_input_embeddings().weight.shape[0]
+
+        def see(x: torch.Tensor, call: Callable) -> torch.Tensor:
+            y = call(x)
+            fixed.append(not y.requires_grad)
+            return y
+
+        with torch.enable_grad(), self.quiet(), self.blocks_replaced(dict.fromkeys(range(len(self.blocks)), see)):
+            whole = self._logits(ids).detach()
+        count = sum(itertools.takewhile(bool, fixed))
+        with torch.no_grad(), self.quiet():
+            return count if torch.equal(self._logits(ids, self.below(ids, count)), whole) else 0
+
     def hidden_through(self, input_ids: torch.Tensor, bottom: Callable, top: Callable) -> torch.Tensor:
         """Return the last hidden states of a pass in which bottom(h0) takes the place of the first block's input h0,
         and top(h) that of the last block's output h.
         """
-        last = len(decoder_blocks(self.model)) - 1
+        last = len(self.blocks) - 1
         above = top if last == 0 else lambda y: y
         ends = {last: lambda x, call: top(call(x)), 0: lambda x, call: above(call(bottom(x)))}
         with self.blocks_replaced(ends):
@@ -1404,13 +1467,49 @@ class Dense:
 
 
 class Factored:
-    """z = A B^T on one tensor, from its factors A [rows, r] and B [columns, r], float32."""
+    """z = A B^T on one tensor, from its factors A [rows, r] and B [columns, r], float32. It is multiplied without being
+    formed: x z^T is `outer` of `inner`.
+    """
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor, tensor: Tensor):
         self.left, self.right, self.tensor = left, right, tensor
 
     def block(self, index: int, out: torch.Tensor) -> None:
         torch.mm(self.left[self.tensor.span(index)].to(out.dtype), self.right.T.to(out.dtype), out=out)
+
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return z[ids], of the shape of ids and the columns."""
+        return self.left[ids].to(dtype) @ self.right.T.to(dtype)
+
+    def inner(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return what `outer` needs of x [S, columns], times scale: a row for each of x."""
+        return x @ self.right.to(x.dtype) * scale
+
+    def outer(self, inner: torch.Tensor, rows: slice, out: torch.Tensor) -> None:
+        """Write scale x z[rows]^T into out [S, rows]."""
+        torch.mm(inner, self.left[rows].T.to(out.dtype), out=out)
+
+    @staticmethod
+    def add(out: torch.Tensor, zs: list[Factored], values: list[float]) -> None:
+        """Add sum_i values[i] zs[i] to out [rows, columns]: one product of rank q r."""
+        left = torch.cat([z.left * value for z, value in zip(zs, values)], 1).to(out.dtype)
+        out.addmm_(left, torch.cat([z.right for z in zs], 1).to(out.dtype).T)
+
+
+class KroneckerProduct:
+    """z = the first rows of A (x) B on one tensor: row i m2 + k, column j n2 + l is A[i, j] B[k, l], from A [m1, n1]
+    and B [m2, n2], float32. A block is formed where it is used: in a cache that costs less than two products with the
+    factors do, since it serves both signs and all tokens.
+    """
+
+    def __init__(self, left: torch.Tensor, right: torch.Tensor, tensor: Tensor):
+        self.left, self.right, self.tensor = left, right, tensor
+
+    def block(self, index: int, out: torch.Tensor) -> None:
+        span, period = self.tensor.span(index), len(self.right)
+        rows = torch.arange(span.start, span.stop, device=out.device)
+        left, right = self.left[rows // period].to(out.dtype), self.right[rows % period].to(out.dtype)
+        torch.mul(left[:, :, None], right[:, None, :], out=out.view(len(out), left.shape[1], right.shape[1]))
 
 
 class Bent:
@@ -1454,8 +1553,8 @@ class Gaussian:
         """Return the family for one step, shaped by a plain pass of its batch where it takes one."""
         return self
 
-    def low_rank(self, tensor: Tensor) -> bool:
-        """Return whether directions of this tensor are Factored."""
+    def factored(self, tensor: Tensor) -> bool:
+        """Return whether directions of this tensor are Factored: multiplied without being formed."""
         return False
 
     def direction(self, tensor: Tensor, at: Coordinates) -> Dense | Factored:
@@ -1508,17 +1607,40 @@ class LowRank(Gaussian):
     ranked = True
     largest = 49.0  # a product of two normals, or a sum of r of them over sqrt(r), as good as always
 
-    def low_rank(self, tensor: Tensor) -> bool:
+    def factored(self, tensor: Tensor) -> bool:
         return tensor.parameter.ndim == 2
 
     def direction(self, tensor: Tensor, at: Coordinates) -> Dense | Factored:
-        if not self.low_rank(tensor):
+        if not self.factored(tensor):
             return super().direction(tensor, at)
         device, split = tensor.parameter.device, tensor.rows * self.rank
         drawn = torch.empty(split + tensor.columns * self.rank, device=device)
         drawn.normal_(generator=stream(device, at.seed, PURPOSE_DIRECTION, *at[1:], tensor.index, 0))
         left = drawn[:split].view(tensor.rows, self.rank).mul_(self.rank**-0.5)
         return Factored(left, drawn[split:].view(tensor.columns, self.rank), tensor)
+
+
+class Kronecker(Gaussian):
+    """On matrices z = A (x) B with standard normal A [m1, n1] and B [m2, n2], on vectors Gaussian: E[z z^T] = I, and z
+    has full rank (after Allaire, Le Digabel, Orban, Partovi Nia 2026, SN Computer Science 7(2):162, of which the
+    abstract could be read). The factors' sides are near the square roots of the matrix's m x n: n1 n2 = n, m1 m2 >= m,
+    and what is beyond m is left out.
+
+    For a gradient G on one matrix E||<G, z> z||^2 = (m1 n1 + 2) (m2 n2 + 2) ||G||^2, or d + 4 sqrt(d) + 4 where both
+    factors have sqrt(d) entries; gaussian has d + 2, low rank of rank 1 (m + 2) (n + 2).
+    """
+
+    largest = LowRank.largest
+
+    def direction(self, tensor: Tensor, at: Coordinates) -> Dense | KroneckerProduct:
+        if tensor.parameter.ndim != 2:
+            return super().direction(tensor, at)
+        m1, n1 = round(math.sqrt(tensor.rows)), math.isqrt(tensor.columns)
+        n1 = next(size for size in range(n1, 0, -1) if tensor.columns % size == 0)
+        m2, n2, device = -(-tensor.rows // m1), tensor.columns // n1, tensor.parameter.device
+        drawn = torch.empty(m1 * n1 + m2 * n2, device=device)
+        drawn.normal_(generator=stream(device, at.seed, PURPOSE_DIRECTION, *at[1:], tensor.index, 0))
+        return KroneckerProduct(drawn[: m1 * n1].view(m1, n1), drawn[m1 * n1 :].view(m2, n2), tensor)
 
 
 class Aligned(Gaussian):
@@ -1575,11 +1697,11 @@ class Aligned(Gaussian):
             see(objective.head, h)
         return Aligned(self.rank, bases, self.row_scale)
 
-    def low_rank(self, tensor: Tensor) -> bool:
+    def factored(self, tensor: Tensor) -> bool:
         return tensor.index in self.bases
 
     def direction(self, tensor: Tensor, at: Coordinates) -> Dense | Factored:
-        if not self.low_rank(tensor):
+        if not self.factored(tensor):
             return super().direction(tensor, at)
         basis = self.bases[tensor.index]
         left = torch.empty(tensor.rows, basis.shape[1], device=basis.device)
@@ -1590,7 +1712,7 @@ class Aligned(Gaussian):
 
     def square(self, tensor: Tensor) -> float:
         return (
-            float(tensor.rows * self.bases[tensor.index].shape[1]) if self.low_rank(tensor) else super().square(tensor)
+            float(tensor.rows * self.bases[tensor.index].shape[1]) if self.factored(tensor) else super().square(tensor)
         )
 
     def about(self, q: int, dimension: int) -> str:
@@ -1616,6 +1738,7 @@ DIRECTIONS: dict[str, type[Gaussian]] = {
     "gaussian": Gaussian,
     "rademacher": Rademacher,
     "lowrank": LowRank,
+    "kronecker": Kronecker,
     "aligned": Aligned,
 }
 
@@ -1638,7 +1761,7 @@ class Guided:
         steepest = max(part.abs().max().item() for part in guide.values())
         self.largest = self.across * base.largest + self.along * steepest
 
-    def low_rank(self, tensor: Tensor) -> bool:  # the guide is dense
+    def factored(self, tensor: Tensor) -> bool:  # the guide is dense
         return False
 
     def direction(self, tensor: Tensor, at: Coordinates) -> Bent:
@@ -1738,15 +1861,16 @@ def draw(direction, tensor: Tensor, block: int, workers: Workers) -> torch.Tenso
     return z
 
 
-Batch = Callable[[int], tuple["torch.Tensor", "torch.Tensor"]]  # query -> (input_ids, labels), each int64 [R, T]
+Batch = Callable[[int], tuple]  # query -> (input_ids, labels, below): int64 [R, T] twice, and a Below or None
 
 
-def query_batch(input_ids: torch.Tensor, labels: torch.Tensor, q: int, query_data: str) -> Batch:
+def query_batch(input_ids: torch.Tensor, labels: torch.Tensor, q: int, query_data: str, below=None) -> Batch:
     """Return what each query sees of a step's batch: all of it (shared), or its own q-th of the rows (distinct)."""
     if query_data == "shared":
-        return lambda query: (input_ids, labels)
+        return lambda query: (input_ids, labels, below)
     share = len(input_ids) // q
-    return list(zip(input_ids.split(share), labels.split(share))).__getitem__
+    known = below.split(share) if below else [None] * q
+    return list(zip(input_ids.split(share), labels.split(share), known)).__getitem__
 
 
 def never() -> None:
@@ -1765,11 +1889,11 @@ def sequential_losses(
     for row, query in enumerate(chosen):
         heed()
         directions = queries.directions(query, grid.tensors)
-        input_ids, labels = batch(query)
+        seen = batch(query)
         try:
             for column, sign in enumerate((1, -1)):
                 grid.move(directions, sign)
-                losses[row, column] = objective.losses(input_ids, labels).item()
+                losses[row, column] = objective.losses(*seen).item()
         finally:
             grid.move(directions, 0)
     return losses
@@ -1803,7 +1927,7 @@ class DenseHead(HeadTiles):
         _, query, first = slab
         for block in self.tensor.blocks[first : first + self.block_count]:
             pair = self.batched.block_pair(query, self.tensor, block)
-            yield self.tensor.span(block), [(2 * query + sign, weight, None) for sign, weight in enumerate(pair)]
+            yield self.tensor.span(block), [(2 * query + sign, weight) for sign, weight in enumerate(pair)]
 
 
 class Perturbed:
@@ -1844,23 +1968,6 @@ class Perturbed:
             return bias.detach().to(dtype)
         return torch.stack([self.at_query(bias, query) for query in range(self.count)])[:, :, None].to(dtype)
 
-    def stacked_factors(self, tensor: Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return left factors [queries, rows, r] and right factors [queries, columns, r] of all queries."""
-        parts = [direction[tensor.index] for direction in self.directions]
-        return torch.stack([p.left for p in parts]).to(dtype), torch.stack([p.right for p in parts]).to(dtype)
-
-    def signed(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x [queries, 2, ...] times +epsilon and -epsilon."""
-        return x * (self.epsilon * self.plus_minus.to(x.dtype)).view(1, 2, *[1] * (x.ndim - 2))
-
-    @staticmethod
-    def times(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-        """Return x [queries, 2, S, n] times each query's own factor [queries, n, r]: [queries, 2, S, r].
-
-        A product a group, since a batched one may round differently with the number of queries in it.
-        """
-        return torch.stack([torch.stack([piece @ factor for piece in both]) for both, factor in zip(x, factors)])
-
     def grouped(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [N, T, ..., n] or [N*T, n] as [queries, 2, everything of a group, n]."""
         if x.shape[0] not in self.of_batch:
@@ -1875,24 +1982,23 @@ class Perturbed:
         if tensor is None:
             y = torch.nn.functional.linear(grouped, module.weight.to(x.dtype))
         else:
-            y = (self._low_rank_linear if self.family.low_rank(tensor) else self._dense_linear)(tensor, grouped)
+            y = (self._factored_linear if self.family.factored(tensor) else self._dense_linear)(tensor, grouped)
         if module.bias is not None:
             y = y.add_(self.bias(module.bias, x.dtype))
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _low_rank_linear(self, tensor: Tensor, x: torch.Tensor) -> torch.Tensor:
-        left, right = self.stacked_factors(tensor, x.dtype)
-        weight = tensor.matrix.to(x.dtype)
-        if self.workers.count == 1:
-            y, inner = torch.nn.functional.linear(x, weight), self.signed(self.times(x, right))
-            y.view(self.count, -1, tensor.rows).baddbmm_(inner.view(self.count, -1, inner.shape[-1]), left.mT)
-            return y
-        y = x.new_empty(*x.shape[:-1], tensor.rows)
+    def inner(self, query: int, sign: int, tensor: Tensor, x: torch.Tensor) -> tuple[Factored, torch.Tensor]:
+        """Return a query's direction on a tensor, and its `inner` of x [S, columns] times +-epsilon."""
+        direction = self.directions[query][tensor.index]
+        return direction, direction.inner(x, -self.epsilon if sign else self.epsilon)
 
-        def work(group: tuple[int, int]) -> None:  # low rank first: the product that follows adds to it for nothing
-            query, sign = group
-            inner = torch.mm(x[group], right[query]).mul_(-self.epsilon if sign else self.epsilon)
-            torch.mm(inner, left[query].T, out=y[group]).addmm_(x[group], weight.T)
+    def _factored_linear(self, tensor: Tensor, x: torch.Tensor) -> torch.Tensor:
+        y, weight = x.new_empty(*x.shape[:-1], tensor.rows), tensor.matrix.to(x.dtype).T
+
+        def work(group: tuple[int, int]) -> None:  # z first: the product that follows adds to it for nothing
+            direction, inner = self.inner(*group, tensor, x[group])
+            direction.outer(inner, slice(0, tensor.rows), y[group])
+            y[group].addmm_(x[group], weight)
 
         self.workers.each(work, itertools.product(range(self.count), (0, 1)))
         return y
@@ -1914,11 +2020,10 @@ class Perturbed:
         if ids.shape[0] == 1:  # positions, the same for every row of the batch
             ids = ids.expand(self.of_batch[0], *ids.shape[1:])
         flat = self.grouped(ids[..., None])[..., 0]
-        if self.family.low_rank(tensor):
-            left, right = self.stacked_factors(tensor, module.weight.dtype)
-            query = torch.arange(self.count, device=ids.device).view(-1, 1, 1)
-            out = self.times(self.signed(left[query, flat]), right.mT)
-            out += module.weight.detach()[flat]
+        if self.family.factored(tensor):
+            weight, pairs = module.weight.detach(), zip(self.directions, flat)
+            out = torch.stack([own[tensor.index].rows(rows, weight.dtype) for own, rows in pairs])
+            out = out.mul_(self.epsilon * self.plus_minus.to(out.dtype).view(1, 2, 1, 1)).add_(weight[flat])
         else:
             out = self._dense_embedding(tensor, flat)
         return out.view(*ids.shape, tensor.columns)
@@ -2027,11 +2132,9 @@ class Batched(Perturbed):
         bias = None if head.bias is None else self.bias(head.bias, h.dtype).reshape(-1, head.bias.shape[0])
         if tensor is None:
             return HeadTiles(head, len(h), scale, bias)
-        if not self.family.low_rank(tensor):
+        if not self.family.factored(tensor):
             return DenseHead(self, head, scale, bias)
-        left, right = self.stacked_factors(tensor, h.dtype)
-        inner = self.signed(self.times(h.view(self.count, 2, *h.shape[1:]), right)).flatten(0, 1)
-        return HeadTiles(head, len(h), scale, bias, (inner, left))
+        return HeadTiles(head, len(h), scale, bias, [self.inner(*divmod(g, 2), tensor, x) for g, x in enumerate(h)])
 
 
 def batched_losses(
@@ -2042,16 +2145,18 @@ def batched_losses(
     for lo in range(0, len(chosen), group):
         heed()
         part = chosen[lo : lo + group]
-        both = [torch.stack(each) for each in zip(*(batch(query) for query in part))]
-        rows, tokens = both[0].shape[1:]
+        ids, labels, below = zip(*(batch(query) for query in part))
+        rows, tokens = ids[0].shape
         if 2 * len(part) * rows == tokens:  # modules tell rows from tokens by their numbers
             if len(part) == 1:
                 raise CannotBatch("a query has as many rows as tokens")
             losses.append(batched_losses(objective, tensors, batch, queries, part, len(part) - 1))
             continue
-        input_ids, labels = (each[:, None].expand(-1, 2, -1, -1).reshape(-1, tokens) for each in both)
+        twice = [torch.cat([own for own in each for _ in (1, -1)]) for each in (ids, labels)]
+        first = below[0]
+        known = first and Below(first.count, torch.cat([own.states for own in below for _ in (1, -1)]))
         batched = Batched(objective, tensors, queries, part, rows, tokens)
-        losses.append(objective.losses(input_ids, labels, 2 * len(part), batched).view(-1, 2).cpu().numpy())
+        losses.append(objective.losses(*twice, known, 2 * len(part), batched).view(-1, 2).cpu().numpy())
     return np.concatenate(losses)
 
 
@@ -2099,8 +2204,7 @@ def add_directions(
         out, tensor = item
         for part in parts:
             zs = [queries.family.direction(tensor, queries.at(query)) for query, _ in part]
-            left = torch.cat([z.left * value for z, (_, value) in zip(zs, part)], 1).to(out.dtype)
-            out.addmm_(left, torch.cat([z.right for z in zs], 1).to(out.dtype).T)
+            zs[0].add(out, zs, [value for _, value in part])
 
     def dense(item: tuple[torch.Tensor, Tensor, int, list]) -> None:
         out, tensor, block, zs = item
@@ -2112,7 +2216,7 @@ def add_directions(
 
     low, full = [], []
     for pair in zip(outs, tensors):
-        (low if queries.family.low_rank(pair[1]) else full).append(pair)
+        (low if queries.family.factored(pair[1]) else full).append(pair)
     workers.each(factored, low)
     for part in parts:
         items = []
@@ -2493,6 +2597,7 @@ class QueryRule(Rule):
         config = setting.config
         self.family, self.group, self.grid, self.guide = family, group, None, None
         self.dimension = sum(tensor.parameter.numel() for tensor in tensors)
+        self.fixed, self._known = setting.objective.fixed_blocks(), ()
         self.passes = family.passes + 2 * (1 if config.query_data == "distinct" else config.query_budget_q)
 
     def bent(self, family: Gaussian) -> Gaussian | Guided:
@@ -2527,10 +2632,16 @@ class QueryRule(Rule):
         queries = self.look(record.step)
         self.setting.optimizer.apply_estimate(self.tensors, queries, record.projected_grads, record.learning_rate)
 
+    def below(self, ids: torch.Tensor) -> Below | None:
+        """Return what the fixed blocks make of a batch; of one that comes again, it is known."""
+        if not self._known or not torch.equal(self._known[0], ids):
+            self._known = ids, self.setting.objective.below(ids, self.fixed)
+        return self._known[1]
+
     def own_losses(self, queries: Queries) -> np.ndarray:
         """Return the losses of this rank's queries, float64 [share, 2]; where memory runs out, in smaller groups."""
         setting, ids = self.setting, self.setting.batch(queries.step)
-        batch, ranks = query_batch(ids, ids, queries.q, self.config.query_data), setting.ranks
+        batch, ranks = query_batch(ids, ids, queries.q, self.config.query_data, self.below(ids)), setting.ranks
         fixed = setting.objective, self.tensors, batch, queries
         while True:
             try:
@@ -2570,6 +2681,8 @@ class QueryRule(Rule):
         config, family = self.config, self.family
         how = f"{self.group} in one forward pass" if self.group else "one after the other, in place"
         lines = [f"queries: {config.query_budget_q} a step, {config.direction}, {config.query_data} data, {how}"]
+        if self.fixed:
+            lines.append(f"the first {self.fixed} blocks are fixed: what they make of a batch is computed once a step")
         if config.kind.guided:
             lines.append(f"guide: one gradient is kept, {self.dimension * 4 / 2**20:.1f} MiB")
         lines.append(family.about(config.query_budget_q, self.dimension))
@@ -2649,7 +2762,7 @@ class Branch:
     cut, enters = True, False  # where norms read the stream; whether the first block's gradient enters the embedding
 
     def __init__(self, objective: Objective, tensors: list[Tensor]):
-        self.blocks = decoder_blocks(objective.model)
+        self.blocks = objective.blocks
         at = {id(p): number for number, block in enumerate(self.blocks) for p in block.parameters()}
         self.tensors = [[t for t in tensors if at.get(id(t.parameter)) == number] for number in range(len(self.blocks))]
         self.outer = [t for t in tensors if id(t.parameter) not in at]
@@ -4027,18 +4140,19 @@ def plan(config: Config, blocks: int, epoch: int) -> list[Phase]:
     """
     scopes = ["embedding", *(f"blocks:{i}-{i}" for i in range(blocks))] if config.layerwise else [config.scope]
 
-    def by_stage(name: str, kind: type, text: str) -> list:
-        values = numbers(text, kind)
+    def by_stage(name: str, text: str) -> list:
+        values = listed(text, STAGE_LISTS[name])
         if len(values) > len(scopes):
             raise UsageError(f"--{name} {text}: {len(values)} numbers, and there are {len(scopes)} stages")
         return values + values[-1:] * (len(scopes) - len(values))
 
     lengths, rates = [config.max_steps or config.epochs * epoch], [config.learning_rate]
+    optimizers = by_stage("stage_optimizers", config.stage_optimizers or config.optimizer)
     if config.layerwise:
-        epochs = by_stage("stage_epochs", int, config.stage_epochs)
-        steps = config.stage_steps and by_stage("stage_steps", int, config.stage_steps)
+        epochs = by_stage("stage_epochs", config.stage_epochs)
+        steps = config.stage_steps and by_stage("stage_steps", config.stage_steps)
         lengths = steps or [count * epoch for count in epochs]
-        rates = by_stage("stage_learning_rates", float, config.stage_learning_rates or str(config.learning_rate))
+        rates = by_stage("stage_learning_rates", config.stage_learning_rates or str(config.learning_rate))
         if (config.max_steps or 0) > sum(lengths):
             told = f"the stages have {sum(lengths)} steps in all; lower it, or lengthen them"
             raise UsageError(f"--max_steps {config.max_steps}: {told}")
@@ -4046,8 +4160,7 @@ def plan(config: Config, blocks: int, epoch: int) -> list[Phase]:
         what = "a stage" if config.layerwise else "the run"
         raise UsageError(f"--warmup_steps {config.warmup_steps}: as long as {what} of {length} steps; lower it")
     phases, spans = [], itertools.pairwise(itertools.accumulate(lengths, initial=0))
-    for number, (scope, (first, end), rate) in enumerate(zip(scopes, spans, rates)):
-        optimizer = config.optimizer if number else config.embedding_optimizer or config.optimizer
+    for number, (scope, (first, end), rate, optimizer) in enumerate(zip(scopes, spans, rates, optimizers)):
         always = config.kind.always or (config.layerwise and number == 0)
         phases.append(Phase(number, first, end, scope, optimizer, rate, always))
     return phases
@@ -4218,7 +4331,7 @@ def opening(job: Job) -> None:
     kind = f"{type(job.model).__name__} from {config.init_from}" if config.init_from else f"Llama {config.model_size}"
     threads = f", {torch.get_num_threads()} threads" if job.objective.device.type == "cpu" else ""
     rule = f"{config.mode}" + f", directions {config.direction}" * config.kind.queries
-    rate = f"{config.optimizer} at {config.learning_rate:g}"
+    rate = f"{config.stage_optimizers or config.optimizer} at {config.stage_learning_rates or config.learning_rate}"
     if config.kind.interval:
         rate += f", between backpropagations (every {config.bp_interval} steps) at {config.guided_learning_rate:g}"
     how = f"warm-up {config.warmup_steps}, cosine to {config.min_lr:g}" if config.use_lr_scheduler else "constant rate"

@@ -105,7 +105,7 @@ class Bench(contextlib.ExitStack):
         return zo.Grid(self.tensors, queries.epsilon, queries.family.largest, self.workers)
 
     def losses(self, queries: zo.Queries, group: int = 0, grid: zo.Grid | None = None) -> np.ndarray:
-        return zo.query_losses(self.objective, self.tensors, lambda _: (self.ids, self.ids), queries, group, grid)
+        return zo.query_losses(self.objective, self.tensors, lambda _: (self.ids, self.ids, None), queries, group, grid)
 
     def c(self, queries: zo.Queries, group: int = 0, grid: zo.Grid | None = None) -> np.ndarray:
         return zo.projected_gradients(self.losses(queries, group, grid), queries.epsilon)
@@ -132,6 +132,7 @@ class Bench(contextlib.ExitStack):
 
 
 ISOTROPIC = {"gaussian": lambda b: zo.Gaussian(), "rademacher": lambda b: zo.Rademacher()}
+ISOTROPIC |= {"kronecker": lambda b: zo.Kronecker()}
 ISOTROPIC |= {f"lowrank r={rank}": lambda b, rank=rank: zo.LowRank(rank) for rank in (1, 2)}
 FAMILIES = {**ISOTROPIC, "aligned r=2": lambda b: zo.Aligned(2).look(b.objective, b.tensors, b.ids, 0)}
 FAMILIES |= {"guided": lambda b: zo.Guided(zo.Gaussian(), b.tensors, b.gradient(), 0.5)}

@@ -63,7 +63,7 @@ DEFAULTS = """
     --mode Instruct --bp_interval 5 --direction gaussian -> query_budget_q 8, optimizer mudamw, epsilon 0.001
     --mode Calibrate --bp_interval 5 -> direction gaussian, optimizer mudamw, guided_learning_rate 0.003
     --dtype bfloat16 --epsilon 1e-3 -> epsilon 0.001
-    --scope layerwise --stage_steps 3 -> optimizer sgd, embedding_optimizer None"""
+    --scope layerwise --stage_steps 3 -> optimizer sgd, stage_optimizers None"""
 
 
 @pytest.mark.parametrize("line", DEFAULTS.splitlines()[1:])
@@ -134,7 +134,7 @@ USELESS = """
     epsilon 0.1 --direction feedback --query_budget_q 0;
     parallel_q_computation --direction feedback --query_budget_q 0; head_learning_rate 1e-3;
     max_decrease 0.1 --optimizer adam; clip_grad_norm 1; sample_interval 3; text_column body; stage_steps 2;
-    model_size tiny --init_from no/model; epochs 2 --scope layerwise; embedding_optimizer sgd; replay_step 3;
+    model_size tiny --init_from no/model; epochs 2 --scope layerwise; stage_optimizers sgd; replay_step 3;
     stage_epochs 2,1 --scope layerwise --stage_steps 1"""
 
 

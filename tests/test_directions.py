@@ -14,7 +14,9 @@ FAMILIES = {
     "rademacher": zo.Rademacher(),
     "lowrank": zo.LowRank(),
     "lowrank4": zo.LowRank(4),
+    "kronecker": zo.Kronecker(),
 }
+PRODUCTS = (zo.LowRank, zo.Kronecker)  # of two normals
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
@@ -56,7 +58,7 @@ def test_covariance_over_queries_is_the_identity(family, small_blocks):
     """E[z z^T] = I, between the entries of a matrix (more than the bits of a word) and those of a vector too."""
     tensors, n = tensors_of((3, 23), (5,)), 2500
     z = torch.stack([flat(family, tensors, query) for query in range(n)])
-    variance = 8 if family.ranked else 2  # of a product of two entries, at most
+    variance = 8 if isinstance(family, PRODUCTS) else 2  # of a product of two entries, at most
     assert (z.T @ z / n - torch.eye(z.shape[1])).abs().max().item() < 5 * math.sqrt(variance / n)
     assert z.mean(0).abs().max().item() < 5 / math.sqrt(n)
     assert not isinstance(family, zo.Rademacher) or z.abs().eq(1).all()
@@ -72,7 +74,7 @@ def test_each_coordinate_makes_an_independent_direction_and_nothing_else_does(fa
     assert torch.equal(out, z[7:8])
     others = [whole(family, first, *at) for at in [(0, 3, 2), (0, 4, 1), (1, 3, 1), (0, 1, 3)]]
     others += [whole(family, second, 0, 3, 1), z.roll(1, 0)]  # of another tensor, and of the next block
-    freedom = 256 * family.rank if family.ranked else z.numel()  # of a product, by its factors
+    freedom = 256 * family.rank if isinstance(family, PRODUCTS) else z.numel()  # of a product, by its factors
     for other in others:
         correlation = torch.corrcoef(torch.stack([z.flatten(), other.flatten()]))[0, 1].item()
         assert abs(correlation) < 5 / math.sqrt(freedom)
@@ -104,7 +106,7 @@ def test_aligned_lives_where_the_inputs_live(workers):
 
 
 @pytest.mark.parametrize("left_out", [False, True])
-@pytest.mark.parametrize("name", ["gaussian", "rademacher", "lowrank4", "aligned"])
+@pytest.mark.parametrize("name", ["gaussian", "rademacher", "lowrank4", "kronecker", "aligned"])
 @pytest.mark.parametrize("rho", [0.0, 0.2, 0.8])
 def test_directions_have_their_length_and_guided_ones_their_cosine_and_gain(name, rho, left_out, small_blocks):
     """Also where one tensor (an output layer in closed form) is left out of the guide and of the queries."""
@@ -114,7 +116,9 @@ def test_directions_have_their_length_and_guided_ones_their_cosine_and_gain(name
     unit = torch.cat([part.flatten() for part in guide.values()])
     unit, square = (unit / unit.norm()).double(), sum(base.square(tensor) for tensor in tensors)
     z = torch.stack([flat(family, tensors, query) for query in range(40)])
-    spread = 5 / math.sqrt({"lowrank4": 4 * 50, "aligned": square}.get(name, z.shape[1]))  # low rank: by its factors
+    spread = 5 / math.sqrt(
+        {"lowrank4": 4 * 50, "kronecker": 56, "aligned": square}.get(name, z.shape[1])
+    )  # low rank: by its factors
     assert abs((z @ unit / z.norm(dim=1)).mean().item() - rho) < spread
     assert abs(z.square().sum(1).mean().item() / square - 1) < spread
     assert abs(sum(family.square(tensor) for tensor in tensors) / z.square().sum(1).mean().item() - 1) < spread
@@ -125,7 +129,7 @@ def test_directions_have_their_length_and_guided_ones_their_cosine_and_gain(name
 def test_no_entry_is_larger_than_the_family_says(cosine):
     """The grid that weights are restored on relies on it, for every family and rank."""
     tensors = tensors_of((300, 2), (40, 64), (50,))
-    families = [zo.Gaussian(), zo.Rademacher()]
+    families = [zo.Gaussian(), zo.Rademacher(), zo.Kronecker()]
     for rank in (1, 3, 64):
         families += [zo.LowRank(rank), aligned_family(tensors, rank)]
     for family in families:

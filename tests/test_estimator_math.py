@@ -48,7 +48,7 @@ class Setting:
         )
 
     def losses(self, group: int = 0) -> np.ndarray:
-        batch = lambda query: (self.ids, self.labels)  # noqa: E731
+        batch = lambda query: (self.ids, self.labels, None)  # noqa: E731
         return zo.query_losses(self.objective, self.tensors, batch, self.queries, group, self.grid)
 
     def directions(self, query: int) -> list[torch.Tensor]:
@@ -185,7 +185,7 @@ def test_the_function_returns_the_mean_of_c_z(name, parallel, data, workers):
     grads, loss = estimate(setting.model, seed=1, step=2, **how)
     assert setting.unmoved()
     rows = lambda query: slice(2 * query, 2 * query + 2) if data == "distinct" else slice(6)  # noqa: E731
-    batch = lambda query: (ids[rows(query)], masked(ids)[rows(query)])  # noqa: E731
+    batch = lambda query: (ids[rows(query)], masked(ids)[rows(query)], None)  # noqa: E731
     losses = zo.query_losses(setting.objective, setting.tensors, batch, setting.queries)
     assert loss.item() == pytest.approx(losses.mean(), rel=1e-6)
     c, zs = zo.projected_gradients(losses, 1e-4), [setting.directions(query) for query in range(3)]
@@ -246,7 +246,7 @@ def test_loss_and_gradients_are_transformers_and_autograds(head, workers, monkey
         model.lm_head.weight.data.mul_(300)
     tensors, objective = zo.trainable_tensors(model.named_parameters()), zo.Objective(model, workers)
     assert objective.sliced
-    for rows, loss in zip(range(0, 6, 2), objective.losses(ids, labels, 3).tolist()):
+    for rows, loss in zip(range(0, 6, 2), objective.losses(ids, labels, None, 3).tolist()):
         theirs = model(input_ids=ids[rows : rows + 2], labels=labels[rows : rows + 2]).loss
         assert loss == pytest.approx(theirs.item(), rel=1e-6)
     (loss, gradients), theirs = objective.gradient(ids, labels, tensors), model(input_ids=ids, labels=labels).loss

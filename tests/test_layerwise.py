@@ -58,7 +58,12 @@ def test_stages_are_told_in_metrics_and_log(layers):
 @pytest.mark.parametrize(("first", "then"), [(None, "sgd"), (None, "adam"), ("sgd", "adam"), ("adam", "sgd")])
 def test_the_first_stage_has_an_optimizer_of_its_own_or_the_runs(runs, first, then):
     """A vanilla first stage is SGD: it moves along the clipped gradient, and keeps no state."""
-    flags = {"learning_rate": 1e-2, "clip_grad_norm": 0.5, "optimizer": then, "embedding_optimizer": first}
+    flags = {
+        "learning_rate": 1e-2,
+        "clip_grad_norm": 0.5,
+        "optimizer": then,
+        "stage_optimizers": first and f"{first},{then}",
+    }
     run, first = runs.train(**LAYERS | {"max_steps": 4}, **flags), first or then
     log = (run / "train.log").read_text()
     assert f"{STAGES[0]}, backpropagation, {first} 0.01" in log
