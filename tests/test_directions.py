@@ -80,6 +80,32 @@ def test_each_coordinate_makes_an_independent_direction_and_nothing_else_does(fa
         assert abs(correlation) < 5 / math.sqrt(freedom)
 
 
+@pytest.mark.parametrize("shape", [(40, 64), (61, 24), (64, 40), (97, 12), (7, 12), (25, 1)])
+def test_kronecker_directions_are_products_of_full_rank(shape, small_blocks):
+    """Row i m2 + k is that of A (x) B, also where it has more rows than the matrix, and in any block."""
+    (tensor,) = tensors_of(shape)
+    direction, z = zo.Kronecker().direction(tensor, zo.Coordinates(0, 0, 0)), whole(zo.Kronecker(), tensor)
+    torch.testing.assert_close(z, torch.kron(direction.left, direction.right)[: shape[0]], rtol=1e-6, atol=0)
+    assert torch.linalg.matrix_rank(z.double()) == min(shape)
+    for side, factors in zip(shape, zip(direction.left.shape, direction.right.shape)):
+        assert side <= math.prod(factors) < side + factors[0]
+        assert max(factors) <= 3 * math.sqrt(side) + 1
+
+
+def test_estimates_are_as_long_as_theory_says():
+    """E||<G, z> z||^2 / ||G||^2 on one matrix of m x n: gaussian d + 2, low rank (m + 2) (n + 2) for rank 1, and
+    Kronecker (m1 n1 + 2) (m2 n2 + 2).
+    """
+    (tensor,), n = tensors_of((16, 9)), 20_000
+    gradient = torch.randn(16 * 9, generator=torch.Generator().manual_seed(3))
+    wanted = {zo.Gaussian(): 16 * 9 + 2, zo.LowRank(): 18 * 11, zo.Kronecker(): (4 * 3 + 2) ** 2}
+    for family, square in wanted.items():
+        z = torch.stack([whole(family, tensor, query=query).flatten() for query in range(n)])
+        found = (z @ gradient).square() * z.square().sum(1) / gradient.square().sum()
+        assert abs(found.mean().item() - square) < 5 * found.std().item() / math.sqrt(n)
+        assert found.std().item() / math.sqrt(n) < 0.04 * square
+
+
 def test_aligned_lives_where_the_inputs_live(workers):
     """z = D A Q^T: Q the leading directions of what a layer is given, D the row scale, A standard normal."""
     model, given, frequencies = harness.llama(), {}, np.arange(61) ** 2

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+from unittest import mock
 
 import harness
 import numpy as np
@@ -250,3 +251,22 @@ def test_samples_are_said_at_intervals_and_at_the_end_and_change_no_result(runs)
     assert harness.differences(plain, run) == []
     for name, prompt in (("empty", ""), ("zero", "\0")):
         assert len(samples(runs.train(name, prompt=prompt, max_steps=1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("by", "left", "says"), [(4, 2, "2 queries in one forward pass"), (1, 0, "one query after the other")]
+)
+def test_out_of_memory_halves_the_group_as_if_it_had_been_so_from_the_start(by, left, says, runs):
+    whole, flags, parallel = zo.query_losses, {"query_budget_q": 4}, {"parallel_q_computation": True}
+
+    def short_of_memory(objective, tensors, batch, queries, group, *rest):
+        if group == by:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory")
+        return whole(objective, tensors, batch, queries, group, *rest)
+
+    with mock.patch.object(zo, "query_losses", short_of_memory):
+        halved = runs.train("halved", **flags, **parallel, parallel_batch_size=by)
+    expected = runs.train("expected", **flags, **(parallel | {"parallel_batch_size": left} if left else {}))
+    assert re.findall("out of memory.*: now (.*)", (halved / "train.log").read_text()) == [says]
+    losses = [[(row["loss"], row["val_loss"]) for row in harness.metrics(run)] for run in (halved, expected)]
+    assert losses[0] == losses[1]
