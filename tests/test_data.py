@@ -78,7 +78,7 @@ def test_the_split_is_a_function_of_the_text_alone(tmp_path):
         texts = texts_in(corpus, split)
         counts = {"documents": len(texts), "tokens": len(getattr(corpus, split)), "bytes": len("".join(texts).encode())}
         assert {name: corpus.about[name][split] for name in counts} == counts
-    assert corpus.frequencies.tolist() == np.bincount(corpus.train, minlength=300).tolist()
+    assert corpus.frequencies.tolist() == np.bincount(corpus.tokens["train"], minlength=300).tolist()
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_long_documents_have_the_tokens_of_encoding_them_whole(tmp_path, gpt2, b
         corpus = corpus_of(tmp_path, dataset=tmp_path / "a.jsonl", tokenizer=tokenizer)
         training = [text for text in texts if not zo.is_validation(text)]
         whole = (token for text in training for token in corpus.tokenizer.encode(text + zo.END_OF_TEXT))
-        assert corpus.train.tolist() == list(whole)
+        assert corpus.tokens["train"].tolist() == list(whole)
 
 
 @pytest.mark.long
@@ -254,10 +254,12 @@ def test_a_hub_data_set_is_streamed_and_no_more_read_than_used(tmp_path, monkeyp
 
 def test_batches_are_the_training_blocks_each_once_an_epoch_and_validation_is_spread_over_its_split(tmp_path):
     corpus = corpus_of(tmp_path, max_samples=100, block_size=16, batch_size=3, eval_samples=5)
-    blocks = [tuple(corpus.train[lo : lo + 16].tolist()) for lo in range(0, len(corpus.train) - 15, 16)]
-    epoch = [tuple(row) for step in range(len(blocks) // 3) for row in corpus.batch(step).tolist()]
+    blocks = [
+        tuple(corpus.tokens["train"][lo : lo + 16].tolist()) for lo in range(0, len(corpus.tokens["train"]) - 15, 16)
+    ]
+    epoch = [tuple(row) for step in range(len(blocks) // 3) for row in corpus.batch(step)[0].tolist()]
     assert not collections.Counter(epoch) - collections.Counter(blocks)
-    last = len(corpus.validation) // 16 - 1
+    last = len(corpus.tokens["validation"]) // 16 - 1
     assert (corpus.validation_rows[0], corpus.validation_rows[-1], len(set(corpus.validation_rows))) == (0, last, 5)
     every = corpus_of(tmp_path, max_samples=100, block_size=16, eval_samples=10**6)
     assert every.validation_rows.tolist() == list(range(last + 1))
@@ -280,7 +282,7 @@ def test_what_a_killed_process_left_is_not_used_and_cleared_away(tmp_path, monke
     """A kill in the middle of tokenizing, and what an earlier one left."""
     config = config_of(tmp_path, max_samples=30)
     whole = harness.corpus(config)
-    train = whole.train.tolist()
+    train = whole.tokens["train"].tolist()
     os.rename(whole.folder, tmp_path / "away")
     left = whole.folder.with_name(whole.folder.name.replace("tokens", "partial"))
     left.mkdir()
@@ -295,7 +297,7 @@ def test_what_a_killed_process_left_is_not_used_and_cleared_away(tmp_path, monke
         with pytest.raises(KeyboardInterrupt):
             harness.corpus(config)
     assert not whole.folder.exists()
-    assert harness.corpus(config).train.tolist() == train
+    assert harness.corpus(config).tokens["train"].tolist() == train
     assert {path.name for path in config.cache.iterdir() if path.name[0] != "."} == {whole.folder.name}
 
 

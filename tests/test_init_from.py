@@ -46,7 +46,7 @@ def flags(folder, **more) -> dict:
 def validation(folder, run) -> float:
     """The loss that transformers gives a folder's model on a run's validation sequences."""
     corpus = harness.corpus(zo.read_config(run))
-    ids = corpus.sequences(corpus.validation, corpus.validation_rows)
+    ids = corpus.sequences("validation", corpus.validation_rows)[0]
     with torch.no_grad():
         return transformers.AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids, labels=ids).loss.item()
 

@@ -25,7 +25,7 @@ def moved(run, first: int) -> dict[str, float]:
 def at_checkpoint(run, step: int) -> tuple[float, torch.Tensor]:
     """The loss and the true gradient of a step's batch by plain autograd, at the checkpoint before that step."""
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "checkpoints" / f"step_{step:08d}")
-    ids = harness.corpus(zo.read_config(run)).batch(step)
+    ids = harness.corpus(zo.read_config(run)).batch(step)[0]
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     return loss.item(), torch.cat([parameter.grad.double().flatten() for parameter in model.parameters()])

@@ -40,13 +40,14 @@ class Blocks(zo.Corpus):
 
     def __init__(self, blocks: int, batch_size: int, seed: int):
         self.config, self.device = zo.Config(batch_size=batch_size, block_size=4, seed=seed), CPU
-        self.blocks, self.train = blocks, np.repeat(np.arange(blocks, dtype=np.uint16), 4)
+        self.source, self.blocks = self.config.source, blocks
+        self.tokens = {"train": np.repeat(np.arange(blocks, dtype=np.uint16), 4)}
 
 
 def test_a_batch_depends_on_its_step_alone_and_an_epoch_has_every_block_once():
     orders = {tuple(range(100))}
     for blocks, batch_size, seed in [(12, 4, 0), (13, 4, 0), (7, 7, 0), (5, 3, 0), (100, 10, 0), (100, 10, 1)]:
-        batches = [Blocks(blocks, batch_size, seed).batch(step) for step in reversed(range(3 * blocks))]
+        batches = [Blocks(blocks, batch_size, seed).batch(step)[0] for step in reversed(range(3 * blocks))]
         assert all(batch.dtype == torch.int64 and batch.eq(batch[:, :1]).all() for batch in batches)
         epochs = torch.cat(batches[::-1])[:, 0].view(-1, blocks).tolist()
         assert all(sorted(epoch) == list(range(blocks)) for epoch in epochs)

@@ -148,7 +148,7 @@ def test_a_checkpoint_opens_with_transformers_and_has_the_validation_loss_of_the
     assert len(tokenizer) == model.config.vocab_size == 300
     assert tokenizer.decode(tokenizer.encode("our people")) == "our people"
     corpus = harness.corpus(zo.read_config(done))
-    ids = corpus.sequences(corpus.validation, corpus.validation_rows)
+    ids = corpus.sequences("validation", corpus.validation_rows)[0]
     with torch.no_grad():
         assert column(done, "val_loss")[-1] == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), abs=5e-6)
     assert model.generate(ids[:1], max_new_tokens=5, do_sample=False).shape == (1, ids.shape[1] + 5)

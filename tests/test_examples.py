@@ -1,0 +1,196 @@
+"""Prompts with completions, and chats: what is predicted, how they are cut, padded, refused, trained on, resumed."""
+
+import json
+
+import harness
+import numpy as np
+import pytest
+import torch
+
+import reproduce_zo_paper as zo
+
+ADJECTIVES = ("small", "large", "old", "new", "blue", "warm and very, very pleasant", "cold")
+
+
+def rows(count: int = 160) -> list[dict]:
+    """Prompts of many lengths; their completions are of one word or of many."""
+    return [
+        {"question": f"{n}: is it {ADJECTIVES[n % 7]}? " * (1 + n % 3), "answer": f" {ADJECTIVES[n * 3 % 7]} {n}"}
+        for n in range(count)
+    ]
+
+
+def write(path, content: list[dict]):
+    path.write_text("".join(json.dumps(row) + "\n" for row in content), "utf-8")
+    return path
+
+
+COLUMNS = {"prompt_column": "question", "completion_column": "answer"}
+
+
+@pytest.fixture
+def flags(tmp_path) -> dict:
+    return COLUMNS | {"dataset": write(tmp_path / "qa.jsonl", rows()), "block_size": 64, "max_samples": 1000}
+
+
+def corpus(runs, **flags) -> zo.Corpus:
+    words = {name: str(v) if name in ("dataset", "cache_dir", "tokenizer") else v for name, v in flags.items() if v}
+    given = runs.flags(**words)
+    return harness.corpus(
+        zo.Config(**{n: str(v) if n.endswith("dir") else v for n, v in given.items() if v is not None})
+    )
+
+
+def test_completions_are_predicted_and_nothing_else(runs, flags):
+    """Every token of every example once, in its split; an end of text is the last one."""
+    found, texts = corpus(runs, **flags), {}
+    for split in ("train", "validation"):
+        for at in range(len(found.index[split])):
+            (ids,), (labels,) = found.sequences(split, np.array([at]))
+            begin = int((labels != zo.IGNORE_INDEX).nonzero()[0])
+            assert torch.equal(ids[begin:], labels[begin:])
+            assert (labels[:begin] == zo.IGNORE_INDEX).all()
+            assert ids[-1] == found.tokenizer.eos_token_id
+            parts = found.tokenizer.decode(ids[:begin]), found.tokenizer.decode(ids[begin:-1])
+            texts[parts] = split
+            assert rows()[found.index[split][at, 2] - 1] == dict(zip(("question", "answer"), parts))
+    assert set(texts) == {(row["question"], row["answer"]) for row in rows()}
+    assert texts == {parts: "validation" if zo.is_validation("\0".join(parts)) else "train" for parts in texts}
+    assert found.about["documents"] == {split: len(found.index[split]) for split in ("train", "validation")}
+    size = sum(len(answer.encode()) for (_, answer), split in texts.items() if split == "validation")
+    assert found.about["bytes"]["validation"] == size
+    predicted = sum(
+        int((found.sequences("validation", np.array([at]))[1] >= 0).sum())
+        for at in range(len(found.index["validation"]))
+    )
+    assert found.bits_per_byte(1.0) == pytest.approx(predicted / size / np.log(2))
+
+
+def test_padding_changes_no_loss_and_every_token_weighs_the_same(runs, flags, workers):
+    """The loss of a batch and of the validation are those of examples one by one, made by hand."""
+    found, model = corpus(runs, **flags), harness.llama("float64")
+    model.resize_token_embeddings(300)
+    objective = zo.Objective(model.double(), workers)
+
+    def by_hand(split: str, numbers) -> tuple[float, int]:
+        total, count = 0.0, 0
+        for number in numbers:
+            (ids,), (labels,) = found.sequences(split, np.array([number]))
+            own = torch.log_softmax(model(ids[None]).logits[0, :-1], -1).gather(1, ids[1:, None])[:, 0]
+            total, count = total - own[labels[1:] >= 0].sum().item(), count + int((labels[1:] >= 0).sum())
+        return total / count, count
+
+    numbers = np.array([3, 4, 5, 9])
+    ids, labels = found.sequences("train", numbers)
+    lengths = [int(found.sequences("train", np.array([n]))[0].shape[1]) for n in numbers]
+    assert ids.shape == labels.shape == (4, max(lengths))
+    assert len(set(lengths)) > 1  # something is padded
+    assert objective.losses(ids, labels).item() == pytest.approx(by_hand("train", numbers)[0], rel=1e-10)
+    assert zo.validation_loss(objective, found) == pytest.approx(
+        by_hand("validation", found.validation_rows)[0], rel=1e-10
+    )
+    ids[labels < 0] = torch.where(torch.arange(ids.shape[1]) >= torch.tensor(lengths)[:, None], 7, ids)[labels < 0]
+    assert objective.losses(ids, labels).item() == pytest.approx(by_hand("train", numbers)[0], rel=1e-10)
+
+
+def test_a_long_prompt_loses_its_beginning_and_a_long_completion_is_refused_with_its_row(
+    runs, flags, failure, tmp_path
+):
+    whole = corpus(runs, **flags)
+    size = max(int(np.diff(index)[:, 0].max()) for index in whole.index.values()) + 1
+    short = corpus(runs, **flags | {"block_size": size})
+    assert short.longest == size < whole.longest <= 64
+    for at in range(len(whole.index["train"])):
+        (long_ids, long_labels), (ids, labels) = (c.sequences("train", np.array([at])) for c in (whole, short))
+        assert torch.equal(ids, long_ids[:, -size:])
+        assert torch.equal(labels, long_labels[:, -size:])
+    (start, end, row) = max(((*map(int, line),) for line in whole.index["train"]), key=lambda line: line[1] - line[0])
+    code, line = failure(runs.code, **flags | {"block_size": end - start})
+    assert code == 2
+    assert "the completion in row" in line
+    numbers = [int(each[2]) for index in whole.index.values() for each in index if each[1] - each[0] >= end - start]
+    assert f"row {numbers[0]} has {end - start} tokens, too many for --block_size {end - start}" in line
+    assert row in numbers
+
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def test_the_last_message_of_a_chat_is_predicted_by_the_template(runs, tmp_path, failure):
+    chats = [
+        [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}] for r in rows()
+    ]
+    file = write(tmp_path / "chats.jsonl", [{"messages": chat} for chat in chats])
+    tokenizer = zo.wrapped_tokenizer(zo.trained_tokenizer([r["question"] + r["answer"] for r in rows()], 300))
+    flags = {"dataset": file, "completion_column": "messages", "block_size": 128, "max_samples": 1000}
+    flags["tokenizer"] = tmp_path / "tokenizer"
+    tokenizer.save_pretrained(flags["tokenizer"])
+    assert "messages do not fit the chat template" in failure(runs.code, **flags)[1]
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(flags["tokenizer"])
+    found = corpus(runs, **flags)
+    for at in range(20):
+        (ids,), (labels,) = found.sequences("train", np.array([at]))
+        user, answer = chats[found.index["train"][at, 2] - 1]
+        begin = int((labels >= 0).nonzero()[0])
+        assert found.tokenizer.decode(ids[:begin]) == f"<user>{user['content']}</s>\n<assistant>"
+        assert found.tokenizer.decode(ids[begin:]) == f"{answer['content']}</s>\n"
+
+
+KINDS = {
+    "in place": {},
+    "batched": {"parallel_q_computation": True, "direction": "lowrank", "optimizer": "adam"},
+    "distinct": {"query_data": "distinct"},
+    "feedback": {
+        "direction": "feedback",
+        "query_budget_q": 1,
+        "optimizer": "adam",
+        "epsilon": None,
+        "query_data": None,
+    },
+    "FO": {"mode": "FO", "optimizer": "adam"},
+    "Instruct": {"mode": "Instruct", "bp_interval": 3, "head": "closed_form"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs_on_examples_learn_resume_and_are_replayed(kind, runs, flags):
+    own = flags | {"batch_size": 4, "learning_rate": 1e-3} | KINDS[kind]
+    whole, resumed = runs.whole_and_resumed(6, **own)
+    assert harness.differences(whole, resumed) == []
+    assert kind == "FO" or runs.replay(whole) == 0
+    found = harness.corpus(zo.read_config(whole))
+    counted = np.cumsum([found.batch(step)[0].numel() for step in range(6)]).tolist()
+    assert [int(row["data_tokens"]) for row in harness.metrics(whole)] == [0, *counted]
+    assert len(set(np.diff([0, *counted]))) > 1  # batches are as wide as their longest
+    first, *_, last = [float(row["val_loss"]) for row in harness.metrics(whole) if row["val_loss"]]
+    assert last < first
+
+
+def test_two_processes_agree_on_examples(runs, flags):
+    own = flags | {"num_threads": 1, "batch_size": 4}
+    assert harness.differences(runs.train("one", **own), runs.train_ranks(2, "two", **own)) == []
+
+
+def test_odd_files_and_flags_are_refused_in_a_line(runs, flags, failure, errors, tmp_path):
+    odd = [*rows(), {"question": "q", "answer": 7}]
+    cases = [
+        (flags | {"completion_column": "reply"}, "no column 'reply'; its columns are question, answer; choose with"),
+        (
+            flags | {"completion_column": None, "prompt_column": None},
+            "no column 'text'; its columns are question, answer",
+        ),
+        (flags | {"dataset": write(tmp_path / "odd.jsonl", odd)}, "7 (int) in column 'answer', not text"),
+        (
+            flags | {"text_column": "question"},
+            "--text_column: has no effect without --dataset of a file, folder or hub",
+        ),
+    ]
+    for given, says in cases:
+        code, line = failure(runs.code, **given)
+        assert (code, says in line) == (2, True), line
+    assert all("has no effect without --dataset" in line for line in errors(harness.argv(**COLUMNS))[1])
+    blank = [*rows(), {"question": "nothing to say", "answer": " "}, {"question": None, "answer": "all by itself"}]
+    found = corpus(runs, **flags | {"dataset": write(tmp_path / "blank.jsonl", blank)})
+    assert sum(found.about["documents"].values()) == len(blank) - 1
