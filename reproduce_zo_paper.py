@@ -291,6 +291,10 @@ class Config:
     offline: bool = DATA(False, "never ask the hub: look its names up in the local cache alone", free=True)
     cache_dir: str | None = DATA(None, "where tokens are kept (default: ~/.cache/reproduce_zo_paper)", free=True)
 
+    objective: str = ZO("loss", "what queries lower: loss, or a score's negative mean, of rows with completions. "
+        "accuracy: of all completions that occur, the true one has the lowest loss. exact_match, f1: of a greedy "
+        "continuation. Or FILE.py:FUNCTION(prompts, answers, references) -> list of float, higher is better",
+        needs="measured z")
     query_budget_q: int = ZO(None, "queries (directions) a step, two forward passes each; with feedback one, without "
         "the output layer. 0: none, for --direction feedback, --head closed_form, and backpropagations alone",
         least=0, most=2**20, needs="queries", shown="8; with feedback 0, 1 with --carry stream or branch")
@@ -346,6 +350,9 @@ class Config:
 
     eval_interval: int = EVAL(100, "steps between validations; also at first, last, stage's end", least=1, free=True)
     eval_samples: int = EVAL(64, "validation sequences used (fewer if there are fewer)", least=1, most=10**7)
+    eval_metric: str | None = EVAL(None, "score of the validation examples, as --objective; the best checkpoint is "
+        "by it", free=True, shown="objective's, if that is a score")
+    max_new_tokens: int = EVAL(32, "tokens of a greedy continuation", least=1, most=2**12, needs="continuations")
     prompt: str | None = EVAL(None, "text that the model continues at the end of a run, into the log", free=True)
     sample_interval: int | None = EVAL(None, "steps between such samples (default: at the end alone)", least=1,
         free=True, needs="prompt")
@@ -386,6 +393,7 @@ class Config:
         plain |= {"optimizer": "sgd", "learning_rate": 1e-3, "clip_grad_norm": 0.0 if self.layerwise else 1.0}
         vanilla = {"optimizer": "sgd"} if self.layerwise and not own.get("optimizer") else {}  # as the paper has it
         defaults = plain | own | mode.defaults | vanilla | {"direction": direction}
+        defaults["eval_metric"] = None if self.objective == "loss" else self.objective
         return defaults | {"guided_learning_rate": self.learning_rate or defaults["learning_rate"]}
 
     kind = property(lambda self: MODES[self.mode], doc="What the steps of this mode are.")
@@ -396,6 +404,10 @@ class Config:
     layerwise = property(lambda self: self.scope == "layerwise", doc="Whether layers are trained one after the other.")
     tokenizer_name = property(lambda self: self.tokenizer or self.init_from or MODEL_SIZES[self.model_size].tokenizer)
     source = property(lambda self: self.sources[0], doc="The run's documents.")
+    continues = property(
+        lambda self: bool({self.objective, self.eval_metric} - {"loss", "accuracy", None}),
+        doc="Whether scores are of greedy continuations.",
+    )
 
     @property
     def sources(self) -> list[Source]:
@@ -459,6 +471,7 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "text columns": (lambda c: any(s.name != "embedded" and not s.examples for s in c.sources),
                      "--dataset of a file, folder or hub set of texts, not of prompts and completions"),
     "hub": (lambda c: c.source.hub is not None, "--dataset of a hub set"),
+    "continuations": (lambda c: c.continues, "--objective or --eval_metric exact_match, f1 or FILE.py:FUNCTION"),
     "prompt": (lambda c: c.prompt is not None, "--prompt"),
     "export": (lambda c: c.export_dir is not None, "--export_dir"),
     "replay": (lambda c: c.replay is not None, "--replay"),
@@ -598,6 +611,13 @@ def value_faults(config: Config) -> list[str]:
          "error to the embedding"),
         (not own.queries or set(c.optimizers) <= set(family.optimizers or OPTIMIZERS), "--optimizer mudamw: not for "
          f"--direction {c.direction}: Muon would amplify rounding in the null space of its estimate; take sgd or adam"),
+        (c.objective == "loss" or (c.measures and family.perturbs_weights and c.head == "estimated" and not c.layerwise
+         and not own.interval), f"--objective {c.objective}: a score has no gradient; it is for queries alone, of a "
+         "mode without backpropagations, a --direction but feedback, --head estimated, no layerwise stages"),
+        (c.objective in ("loss", "accuracy") or not c.parallel_q_computation, f"--objective {c.objective}: "
+         "continuations are made one query after the other; leave out --parallel_q_computation"),
+        (c.eval_metric is None or c.source.examples, f"--{'eval_metric' if c.objective == 'loss' else 'objective'} "
+         f"{c.eval_metric}: scores are of prompts with completions; name --prompt_column, --completion_column"),
         (c.min_lr <= c.learning_rate, f"--min_lr {c.min_lr:g}: must be from 0 to --learning_rate"),
         (not c.use_lr_scheduler or c.warmup_steps < (c.max_steps or sys.maxsize), f"--warmup_steps "
          f"{c.warmup_steps}: as long as the run of {c.max_steps} steps; lower it"),
@@ -691,6 +711,7 @@ def dataset_fault(source: Source) -> str | None:
     return f"{named}: neither a file, nor a hub id (OWNER/NAME), nor a known data set{hint}"
 
 
+SCORES = ("accuracy", "exact_match", "f1")  # or FILE.py:FUNCTION
 STAGE_LISTS = {"stage_epochs": int, "stage_steps": int, "stage_learning_rates": float, "stage_optimizers": str}
 
 
@@ -709,6 +730,12 @@ def text_faults(config: Config) -> list[str]:
     name, size = config.tokenizer_name, config.tokenizer_name.removeprefix("bpe:")
     if size != name and not (size.isdecimal() and len(size) < 9 and 257 <= int(size) <= 1_000_000):
         faults.append(f"--tokenizer {name}: N must be from 257 (bytes and end of text) to 1,000,000")
+    for name, other in (("objective", "loss"), ("eval_metric", None)):
+        path, _, function = str(score := getattr(config, name)).rpartition(":")
+        there = path.endswith(".py") and Path(path).is_file() and function.isidentifier()
+        if score not in (other, *SCORES) and not there:
+            known = ", ".join([other] * bool(other) + [*SCORES])
+            faults.append(f"--{name} {score}: must be one of {known}, or FILE.py:FUNCTION of a file that is there")
     for name, kind in ((name, kind) for name, kind in STAGE_LISTS.items() if getattr(config, name)):
         try:
             listed(getattr(config, name), kind)
@@ -1318,6 +1345,14 @@ class Objective:
             for module in training:
                 module.training = True
 
+    def prepare(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sequences whose losses a batch is measured by: its own."""
+        return input_ids, labels
+
+    def reduced(self, losses: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        """Return what is lowered, float64 [G], from tokens' losses [G, R, T - 1], 0 where not counted: their mean."""
+        return losses.sum((1, 2)) / counted.sum((1, 2))
+
     def hidden(self, input_ids: torch.Tensor, below: Below | None = None) -> torch.Tensor:
         """Return the last hidden states, [N, T, n], from those of `below` on where they are known."""
         with self._from(below):
@@ -1334,22 +1369,26 @@ class Objective:
             with batched.installed() if batched else contextlib.nullcontext():
                 h = self.hidden(input_ids, below) if self.sliced else self._logits(input_ids, below)
             h, targets = h[:, :-1].reshape(groups, -1, h.shape[-1]), labels[:, 1:].reshape(groups, -1)
-            if not self.sliced:
-                each = (self._whole_loss(h[g], targets[g]).to(wide(self.device)) for g in range(groups))
-                return torch.stack(list(each))
-            h = h.to(self.compute_dtype or h.dtype)
-            with torch.autocast(self.device.type, enabled=False):
-                head = batched.head_tiles(h) if batched else HeadTiles(self.head, groups, self.scale)
-                normalizer, picked = log_normalizers(h, targets, head, self.workers)
-            counted = targets != IGNORE_INDEX
-            return torch.where(counted, normalizer - picked, 0.0).sum(1) / counted.sum(1)
+            if self.loss_fn is not None:
+                return torch.stack([self._whole_loss(*pair).to(wide(self.device)) for pair in zip(h, targets)])
+            if self.sliced:
+                h = h.to(self.compute_dtype or h.dtype)
+                with torch.autocast(self.device.type, enabled=False):
+                    head = batched.head_tiles(h) if batched else HeadTiles(self.head, groups, self.scale)
+                    normalizer, picked = log_normalizers(h, targets, head, self.workers)
+                losses = normalizer - picked
+            else:
+                each = (self._whole_loss(*pair, reduction="none") for pair in zip(h, targets))
+                losses = torch.stack([loss.to(wide(self.device)) for loss in each])
+            counted, shape = targets != IGNORE_INDEX, (groups, -1, labels.shape[1] - 1)
+            return self.reduced(torch.where(counted, losses, 0.0).view(shape), counted.view(shape))
 
     def _logits(self, input_ids: torch.Tensor, below: Below | None = None) -> torch.Tensor:
         with self._from(below):
             return self.model(input_ids=input_ids, use_cache=False).logits
 
-    def _whole_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return (self.loss_fn or torch.nn.functional.cross_entropy)(full_precision(logits), targets)
+    def _whole_loss(self, logits: torch.Tensor, targets: torch.Tensor, **how) -> torch.Tensor:
+        return (self.loss_fn or torch.nn.functional.cross_entropy)(full_precision(logits), targets, **how)
 
     def error(self, hidden: torch.Tensor, labels: torch.Tensor, back: bool) -> OutputError:
         """Return `output_error` at the last hidden states [R, T, d] of labels int64 [R, T]."""
@@ -2474,6 +2513,7 @@ class Setting:
 
     config: Config
     objective: Objective
+    measured: Objective  # what queries lower: the same, or a score
     tensors: list[Tensor]
     exact: Tensor | None
     optimizer: Optimizer
@@ -2609,7 +2649,7 @@ class QueryRule(Rule):
         config = setting.config
         self.family, self.group, self.grid, self.guide = family, group, None, None
         self.dimension = sum(tensor.parameter.numel() for tensor in tensors)
-        self.fixed, self._known = setting.objective.fixed_blocks(), ()
+        self.fixed, self._known = setting.measured.fixed_blocks(), ()
         self.passes = family.passes + 2 * (1 if config.query_data == "distinct" else config.query_budget_q)
 
     def bent(self, family: Gaussian) -> Gaussian | Guided:
@@ -2647,14 +2687,15 @@ class QueryRule(Rule):
     def below(self, ids: torch.Tensor) -> Below | None:
         """Return what the fixed blocks make of a batch; of one that comes again, it is known."""
         if not self._known or not torch.equal(self._known[0], ids):
-            self._known = ids, self.setting.objective.below(ids, self.fixed)
+            self._known = ids, self.setting.measured.below(ids, self.fixed)
         return self._known[1]
 
     def own_losses(self, queries: Queries) -> np.ndarray:
         """Return the losses of this rank's queries, float64 [share, 2]; where memory runs out, in smaller groups."""
-        setting, (ids, labels) = self.setting, self.setting.batch(queries.step)
-        batch, ranks = query_batch(ids, labels, queries.q, self.config.query_data, self.below(ids)), setting.ranks
-        fixed = setting.objective, self.tensors, batch, queries
+        setting, ranks = self.setting, self.setting.ranks
+        ids, labels = setting.measured.prepare(*setting.batch(queries.step))
+        batch = query_batch(ids, labels, queries.q, self.config.query_data, self.below(ids))
+        fixed = setting.measured, self.tensors, batch, queries
         while True:
             try:
                 return query_losses(*fixed, self.group, self.grid, ranks.share(queries.q), ranks.stop.heed)
@@ -3058,6 +3099,7 @@ PASSAGE_WORDS = 500
 VALIDATION_SHARE = 20  # one document in so many is for validation
 TOKENIZER_DOCUMENTS = 20_000  # bpe:N is trained on so many training documents at most
 PIECE_CHARACTERS, CHARACTERS_AT_ONCE = 1 << 15, 1 << 21  # of a document that is encoded; that threads share
+MOST_OPTIONS = 100
 MANIFEST = "manifest.json"
 LOCK_PATIENCE = 1.0  # seconds: for a moment a lock can outlive a killed process, in a child that was being started
 
@@ -3363,6 +3405,22 @@ def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerFast, folder: Path
         raise OSError(first_line(error)) from error
 
 
+def padded(rows: list[tuple], size: int, fill: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and labels, int64 [rows, T] each, of prompts with completions, which alone are to be predicted.
+
+    A prompt that does not fit `size` loses its beginning; shorter sequences are filled up on the right, where nothing
+    that counts sees it.
+    """
+    width = max(len(prompt) + len(completion) for prompt, completion in rows)
+    ids = np.full((len(rows), max(2, min(size, width))), fill, np.int64)
+    labels = np.full_like(ids, IGNORE_INDEX)
+    for own, label, (prompt, completion) in zip(ids, labels, rows):
+        prompt = prompt[max(0, len(prompt) + len(completion) - size) :]
+        begin, end = len(prompt), len(prompt) + len(completion)
+        own[:begin], own[begin:end], label[begin:end] = prompt, completion, completion
+    return torch.from_numpy(ids).to(device), torch.from_numpy(labels).to(device)
+
+
 class Corpus:
     """The tokens in a folder that `prepare_corpus` found whole, and `batch`, a function of coordinates."""
 
@@ -3429,23 +3487,25 @@ class Corpus:
         return loss / math.log(2) * self.about["predicted"]["validation"] / max(1, self.about["bytes"]["validation"])
 
     def sequences(self, split: str, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return sequences by number, and their labels: int64 [rows, T] each, T block_size at most.
-
-        Of an example the completion alone is to be predicted. A prompt that does not fit loses its beginning; shorter
-        sequences are filled up on the right, where nothing that counts sees it.
-        """
+        """Return sequences by number, and their labels: int64 [rows, T] each, T block_size at most."""
         tokens, size = self.tokens[split], self.config.block_size
         if not self.source.examples:
             values = np.stack([tokens[row * size : (row + 1) * size] for row in rows]).astype(np.int64)
             ids = torch.from_numpy(values).to(self.device)
             return ids, ids
         answers, ends = self.index[split][rows, :2].T
-        starts = np.maximum(np.where(rows > 0, self.index[split][rows - 1, 1], 0), ends - size)
-        ids = np.full((len(rows), max(2, (ends - starts).max())), self.tokenizer.eos_token_id)
-        labels = np.full_like(ids, IGNORE_INDEX)
-        for own, label, start, answer, end in zip(ids, labels, starts, answers, ends):
-            own[: end - start], label[answer - start : end - start] = tokens[start:end], tokens[answer:end]
-        return torch.from_numpy(ids).to(self.device), torch.from_numpy(labels).to(self.device)
+        starts = np.where(rows > 0, self.index[split][rows - 1, 1], 0)
+        parts = [(tokens[start:answer], tokens[answer:end]) for start, answer, end in zip(starts, answers, ends)]
+        return padded(parts, size, self.tokenizer.eos_token_id, self.device)
+
+    def options(self) -> list[tuple[int, ...]]:
+        """Return every completion that occurs, as tokens; raises UsageError where they are no choice of a few."""
+        spans = [(self.tokens[split], line) for split in self.index for line in self.index[split].tolist()]
+        found = sorted({tuple(tokens[answer:end].tolist()) for tokens, (answer, end, _) in spans})
+        if not 2 <= len(found) <= MOST_OPTIONS:
+            few = f"accuracy is of a choice between 2 to {MOST_OPTIONS} completions, and {len(found)} occur"
+            raise UsageError(f"{self.source.flag} {self.source.name}: {few}; take exact_match")
+        return found
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a step's batch and its labels, int64 [batch_size, T] each: an epoch is a fresh permutation."""
@@ -3618,8 +3678,9 @@ def loaded_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast
     if len(tokenizer) > rows:
         few = f"the tokenizer has {len(tokenizer)} tokens, the model {rows}; leave out --tokenizer"
         raise UsageError(f"--init_from {name}: {few}")
-    if config.block_size > positions:
-        raise UsageError(f"--block_size {config.block_size}: {name} has {positions} positions; lower it")
+    if config.block_size + config.continues * config.max_new_tokens > positions:
+        more = f" and --max_new_tokens {config.max_new_tokens}" * config.continues
+        raise UsageError(f"--block_size {config.block_size}{more}: {name} has {positions} positions; lower it")
     return model.eval()
 
 
@@ -3741,6 +3802,129 @@ def validation_loss(objective: Objective, corpus: Corpus) -> float:
     return total / count
 
 
+def parts_of(input_ids: torch.Tensor, labels: torch.Tensor) -> list[tuple[list[int], list[int]]]:
+    """Return each row's prompt and completion, as tokens."""
+    completions = [[label for label in row if label != IGNORE_INDEX] for row in labels.tolist()]
+    begins = (labels != IGNORE_INDEX).int().argmax(1).tolist()
+    return [(row[:begin], own) for row, begin, own in zip(input_ids.tolist(), begins, completions)]
+
+
+class Accuracy(Objective):
+    """The negative share of examples whose own completion has a lower summed loss than any other of the options."""
+
+    def __init__(self, model: torch.nn.Module, workers: Workers, compute_dtype, corpus: Corpus):
+        super().__init__(model, workers, compute_dtype)
+        self.options, self.corpus = corpus.options(), corpus
+
+    def prepare(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return every example with each of its options, its own completion first."""
+        rows = []
+        for prompt, own in parts_of(input_ids, labels):
+            rows += [(prompt, option) for option in (tuple(own), *(o for o in self.options if o != tuple(own)))]
+        return padded(rows, self.corpus.config.block_size, self.corpus.tokenizer.eos_token_id, self.device)
+
+    def reduced(self, losses: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        own, others = losses.sum(2).view(len(losses), -1, len(self.options)).split([1, len(self.options) - 1], 2)
+        return -(own < others).all(2).to(losses.dtype).mean(1)
+
+
+class Continuations(Objective):
+    """The negative mean of a score of greedy continuations: score(prompts, answers, references) -> list of float."""
+
+    def __init__(self, model: torch.nn.Module, workers: Workers, compute_dtype, corpus: Corpus, score: Callable):
+        super().__init__(model, workers, compute_dtype)
+        self.corpus, self.score = corpus, score
+
+    def losses(self, input_ids: torch.Tensor, labels: torch.Tensor, *_) -> torch.Tensor:
+        """Return the negative mean score of the rows [R, T], float64 [1]."""
+        prompts, references = zip(*parts_of(input_ids, labels))
+        texts = [self.texts(tokens) for tokens in (prompts, self.continued(prompts), references)]
+        return torch.tensor([-np.mean(self.score(*texts))], dtype=torch.float64)
+
+    def texts(self, rows: Sequence[list[int]]) -> list[str]:
+        """Return rows of tokens as texts, without special tokens and blanks around them."""
+        return [text.strip() for text in self.corpus.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+    def continued(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """Return the tokens that follow each prompt, the likeliest one by one, to an end of text or max_new_tokens."""
+        end, width = self.corpus.tokenizer.eos_token_id, max(1, *map(len, prompts))
+        ids = torch.tensor([[end] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        how = {"max_new_tokens": self.corpus.config.max_new_tokens, "eos_token_id": end, "pad_token_id": end}
+        greedy = transformers.GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, **how)
+        with torch.no_grad(), self.quiet():
+            given = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+            return self.model.generate(**given, generation_config=greedy)[:, width:].tolist()
+
+
+def words_of(text: str) -> list[str]:
+    """Return a text's words without case, punctuation and articles (Rajpurkar et al. 2016)."""
+    plain = re.sub(r"[^\w\s]", "", text.lower())
+    return [word for word in plain.split() if word not in ("a", "an", "the")]
+
+
+def exact_match(prompts: list[str], answers: list[str], references: list[str]) -> list[float]:
+    """Return 1 where an answer's words are the reference's, else 0."""
+    return [float(words_of(answer) == words_of(reference)) for answer, reference in zip(answers, references)]
+
+
+def f1(prompts: list[str], answers: list[str], references: list[str]) -> list[float]:
+    """Return the harmonic mean of precision and recall of each answer's words."""
+    found = []
+    for answer, reference in zip(map(words_of, answers), map(words_of, references)):
+        common = (collections.Counter(answer) & collections.Counter(reference)).total()
+        found.append(2 * common / max(1, len(answer) + len(reference)) if answer or reference else 1.0)
+    return found
+
+
+def score_of_file(name: str) -> Callable:
+    """Return the function that FILE.py:FUNCTION names; its errors are UsageError, as is what is no list of numbers."""
+    path, _, function = name.rpartition(":")
+
+    def mistaken(error: Exception) -> UsageError:
+        line = traceback.extract_tb(error.__traceback__)[-1].lineno
+        return UsageError(f"{name}: {type(error).__name__}: {first_line(error)} (line {line})")
+
+    spec = importlib.util.spec_from_file_location("score_of_file", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        call = getattr(module, function)
+    except Exception as error:  # anything may be wrong with a file of the user's
+        raise mistaken(error) from error
+
+    def score(*texts: list[str]) -> list[float]:
+        try:
+            values = [float(value) for value in call(*texts)]
+        except Exception as error:  # the same
+            raise mistaken(error) from error
+        if len(values) != len(texts[0]) or not all(map(math.isfinite, values)):
+            raise UsageError(
+                f"{name}: returned {str(values)[:60]} for {len(texts[0])} answers: no finite number for each"
+            )
+        return values
+
+    return score
+
+
+def scored(plain: Objective, corpus: Corpus, name: str | None) -> Objective:
+    """Return what lowers a score's negative mean; where none is named, the loss."""
+    if name in (None, "loss"):
+        return plain
+    of = plain.model, plain.workers, plain.compute_dtype, corpus
+    if name == "accuracy":
+        return Accuracy(*of)
+    return Continuations(*of, {"exact_match": exact_match, "f1": f1}.get(name) or score_of_file(name))
+
+
+def validation_score(metric: Objective, corpus: Corpus) -> float:
+    """Return the mean score of the run's validation examples."""
+    rows, size, total = corpus.validation_rows, corpus.config.batch_size, 0.0
+    for part in np.split(rows, range(size, len(rows), size)):
+        total -= metric.losses(*metric.prepare(*corpus.sequences("validation", part))).item() * len(part)
+    return total / len(rows)
+
+
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 48, 0.8
 
 
@@ -3764,7 +3948,7 @@ def sample(model: torch.nn.Module, corpus: Corpus, prompt: str, step: int) -> st
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 METRICS = (
-    *("step", "epoch", "stage", "loss", "val_loss", "val_bits_per_byte", "learning_rate", "grad_norm"),
+    *("step", "epoch", "stage", "loss", "val_loss", "val_bits_per_byte", "val_score", "learning_rate", "grad_norm"),
     *("projected_grad_mean", "projected_grad_std", "guide_to_gradient", "data_tokens", "forward_tokens"),
     *("seconds", "peak_memory_mib"),
 )
@@ -4047,9 +4231,14 @@ def peak_memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def lowest(rows: list[dict[str, str]]) -> dict[str, str] | None:
-    """Return the row of metrics.csv with the lowest validation loss, if any has one."""
-    return min((row for row in rows if row["val_loss"]), key=lambda row: float(row["val_loss"]), default=None)
+def rank_of(row: dict[str, str]) -> float:
+    """Return what is lower the better a row of metrics.csv is: the negative score, or the validation loss."""
+    return -float(row["val_score"]) if row["val_score"] else float(row["val_loss"])
+
+
+def best_of(rows: list[dict[str, str]]) -> dict[str, str] | None:
+    """Return the best row of metrics.csv, by its score or else its validation loss, if any has one."""
+    return min((row for row in rows if row["val_loss"]), key=rank_of, default=None)
 
 
 @contextlib.contextmanager
@@ -4089,6 +4278,10 @@ def draw_loss(run: RunDirectory, unigram: float | None) -> Path | None:
                     panel.axvline(float(before[column]), color="black", ls=":", lw=0.8)
             if unigram is not None:
                 panel.axhline(unigram, color="gray", ls="--", lw=1, label="unigram")
+            if scores := [(float(row[column]), float(row["val_score"])) for row in run.rows if row["val_score"]]:
+                right = panel.twinx()
+                right.plot(*zip(*scores), color="tab:green", marker="s", ms=3)
+                right.set_ylabel(f"{run.config.eval_metric} (green)")
         panels[0].legend()
         config = run.config
         about = f"q {config.query_budget_q}, {config.direction}, " if config.kind.queries else ""
@@ -4142,8 +4335,8 @@ class Compared:
 
     def __init__(self, path: Path):
         self.path, self.rows = path, read_metrics(path / "metrics.csv")
-        self.validated, self.best = [row for row in self.rows if row["val_loss"]], lowest(self.rows)
-        self.loss = float(self.best["val_loss"]) if self.best else math.inf
+        self.validated, self.best = [row for row in self.rows if row["val_loss"]], best_of(self.rows)
+        self.loss, self.rank = (float(self.best["val_loss"]), rank_of(self.best)) if self.best else (math.inf,) * 2
         facts = read_json(path / "corpus.json") if (path / "corpus.json").is_file() else {}
         self.tokenizer, self.unigram = facts.get("tokens_folder"), facts.get("unigram_loss")
         flags = read_json(path / "config.json").get("flags")
@@ -4165,6 +4358,7 @@ class Compared:
             "step": last["step"],
             "best val_loss": f"{self.loss:.4f} at {self.best['step']}",
             "last": f"{float(self.validated[-1]['val_loss']):.4f}",
+            "best score": f"{float(score):.4f}" if (score := self.best["val_score"]) else "",
             "bits/byte": f"{float(bits):.4f}" if bits else "",
             "forward tokens": short(tokens),
             "tok/s": short(tokens / seconds) if seconds else "",
@@ -4174,9 +4368,9 @@ class Compared:
 
 
 def compare(config: Config) -> int:
-    """Print the table of --compare, the lowest loss first, with the flags that runs differ in, and draw the picture."""
+    """Print the table of --compare, the best first, with the flags that runs differ in, and draw the picture."""
     found = [Compared(path) for named in config.compare for path in run_directories(named)]
-    found.sort(key=lambda run: run.loss)
+    found.sort(key=lambda run: run.rank)
     differing = [name for name in FIELDS if len({run.flags.get(name) for run in found}) > 1]
     flags = [{name: run.flags.get(name, "") for name in differing} for run in found]
     rows = [run.cells() | own for run, own in zip(found, flags)]
@@ -4294,7 +4488,9 @@ class Trainer:
         how = {"decay": config.weight_decay, "outer": outer_parameters(model), "exact": exact}
         self.optimizer = Optimizer(phase.optimizer, tensors, objective.workers, **how)
         batches = (job.corpus.batch, job.bp_corpus.batch)
-        setting = Setting(config, objective, tensors, exact, self.optimizer, job.ranks, *batches, self.factor)
+        setting = Setting(
+            config, objective, job.measured, tensors, exact, self.optimizer, job.ranks, *batches, self.factor
+        )
         self.between = Rule(setting, []) if phase.always else make_rule(setting, job.group, job.corpus.frequencies)
         self.backpropagation = Backpropagation(setting, self.between if config.kind.guided else None)
         self.parts = {"optimizer": self.optimizer, "rule": self.between}  # those whose state outlives the process
@@ -4382,6 +4578,9 @@ class Job:
 
     def __post_init__(self):
         longest, device = self.corpus.longest, self.objective.device
+        self.measured = scored(self.objective, self.corpus, self.config.objective)
+        same = self.config.eval_metric == self.config.objective
+        self.metric = self.measured if same else scored(self.objective, self.corpus, self.config.eval_metric)
         self.group = query_group(self.config, self.model.config, longest, device)
         self.phases = plan(self.config, len(decoder_blocks(self.model)), self.corpus.blocks // self.config.batch_size)
         self.total = min(self.config.max_steps or self.phases[-1].end, self.phases[-1].end)
@@ -4508,8 +4707,8 @@ class Account:
     def __init__(self, job: Job):
         self.job, self.run, self.config, rows = job, job.run, job.config, job.run.rows
         self.there = {int(row["step"]) for row in rows}
-        self.best = float(best["val_loss"]) if (best := lowest(rows)) else math.inf
-        self.below = self.best < job.unigram
+        self.best = rank_of(best) if (best := best_of(rows)) else math.inf
+        self.below = min((float(row["val_loss"]) for row in rows if row["val_loss"]), default=math.inf) < job.unigram
         self.ends = {job.total, *(phase.end for phase in job.phases)}
         self.trackers = Trackers(self.run)
         self.before, self.started = float(rows[-1]["seconds"]) if rows else 0.0, job.done
@@ -4522,7 +4721,8 @@ class Account:
     def open(self) -> None:
         """Validate before the first step."""
         if first := self.row(None):
-            log.info(f"validation loss {float(first['val_loss']):.4f} before the first step")
+            score = f", {self.config.eval_metric} {float(first['val_score']):.4f}" if first["val_score"] else ""
+            log.info(f"validation loss {float(first['val_loss']):.4f}{score} before the first step")
         self.clock = time.perf_counter()
 
     def row(self, record: Record | None) -> dict[str, str] | None:
@@ -4544,7 +4744,9 @@ class Account:
         if validated:
             loss = validation_loss(job.objective, job.corpus)
             facts |= {"val_loss": f"{loss:.6f}", "val_bits_per_byte": f"{job.corpus.bits_per_byte(loss):.6f}"}
-            self._validated(loss)
+            score = None if job.metric is job.objective else validation_score(job.metric, job.corpus)
+            facts |= {} if score is None else {"val_score": f"{score:.6f}"}
+            self._validated(loss, loss if score is None else -score)
         facts |= {
             "forward_tokens": job.forward_tokens,
             "seconds": f"{self.before + time.perf_counter() - self.began:.3f}",
@@ -4556,14 +4758,14 @@ class Account:
         self.there.add(done)
         return row
 
-    def _validated(self, loss: float) -> None:
+    def _validated(self, loss: float, rank: float) -> None:
         done = self.job.done
         if not self.below and loss < self.job.unigram and self.config.init_from is None:
             log.info(f"step {done}: validation loss {loss:.4f}, below the unigram loss for the first time")
             self.below = True
-        if loss < self.best and done:
+        if rank < self.best and done:
             self.job.save(best=True)
-        self.best = min(self.best, loss)
+        self.best = min(self.best, rank)
 
     def step(self, record: Record, measured: bool) -> None:
         """Keep account of a step; `measured` is whether it was not in the journal."""
@@ -4586,6 +4788,7 @@ class Account:
         steps, tokens = job.done - self.clocked[0], job.forward_tokens - self.clocked[1]
         left = duration(seconds / max(1, steps) * (job.total - job.done))
         line = f"loss {float(row['loss']):.4f}" + (f"  val {float(row['val_loss']):.4f}" if row["val_loss"] else "")
+        line += f"  {self.config.eval_metric} {float(row['val_score']):.4f}" if row["val_score"] else ""
         line += f"  lr {float(row['learning_rate']):.2e}  |g| {float(row['grad_norm']):.2e}"
         line += f"  {short(tokens / seconds)} forward tok/s"
         log.log(logging.DEBUG if self.bar else logging.INFO, f"step {job.done}/{job.total}  {line}  ETA {left}")
@@ -4617,7 +4820,7 @@ class Account:
             return
         if config.prompt is not None:
             self.sample()
-        row, best = next(row for row in run.rows if int(row["step"]) == done), lowest(run.rows)
+        row, best = next(row for row in run.rows if int(row["step"]) == done), best_of(run.rows)
         first = next(float(each["val_loss"]) for each in run.rows if each["val_loss"])
         least, last = float(best["val_loss"]), float(row["val_loss"])
         log.info(
@@ -4625,17 +4828,18 @@ class Account:
             f"{math.exp(min(least, 700)):.1f}); last {last:.4f} (perplexity {math.exp(min(last, 700)):.1f}, "
             f"{row['val_bits_per_byte']} bits a byte)"
         )
+        if row["val_score"]:
+            start, most, end = (float(each["val_score"]) for each in (run.rows[0], best, row))
+            log.info(f"{config.eval_metric} {start:.4f} at the start; best {most:.4f}; last {end:.4f}")
         if job.ranks.size > 1:
             bytes_sent = job.ranks.sent / max(1, done - self.started)
             log.info(f"ranks: rank 0 sent the others {bytes_sent:.0f} bytes a step")
         best_folder = run.checkpoints / "best"
-        kept = f", lowest loss {best_folder}" * best_folder.exists()
+        kept = f", best {best_folder}" * best_folder.exists()
         log.info(f"wrote {run.path / 'metrics.csv'}" + (f", {picture}" if picture else "") + f", {checkpoint}{kept}")
         if config.export_dir:
             if config.export_best and not kept:
-                log.warning(
-                    "--export_best: no step has a lower validation loss than the start; the last one is exported"
-                )
+                log.warning("--export_best: no step is better by validation than the start; the last one is exported")
             chosen, of = (best_folder, best) if config.export_best and kept else (checkpoint, row)
             log.info(f"wrote {run.export(chosen, model_card(job, of))}")
         run.write("finished.json", {name: json.loads(value) for name, value in row.items() if value})
