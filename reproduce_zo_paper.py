@@ -207,7 +207,9 @@ class Size(NamedTuple):
 MODEL_SIZES = {
     "tiny": Size(160, 4, 5, 448, "bpe:4096"),  # about 2M with its own tokenizer
     "20M": Size(256, 8, 8, 768),
-    "20M-paper": Size(320, 8, 5, 864, "bpe:32000"),  # after the paper's: half of it is the embedding
+    "20M-paper": Size(
+        320, 8, 5, 864, "bpe:32000"
+    ),  # after the paper's: half is the embedding, if the text has so many tokens
     "200M": Size(1024, 12, 16, 2688),
     "500M": Size(1280, 22, 20, 3456),
     "1B": Size(2048, 18, 16, 5504),
@@ -301,9 +303,9 @@ class Config:
     epsilon: float = ZO(None, "how far a query moves the weights, in units of z; with feedback the embedding's output, "
         "by its root mean square", above=0, needs="measured", shown="0.001; 0.003 with bfloat16; 0.1 with feedback")
     direction: str = ZO(None, "gaussian: standard ZO, the paper's. rademacher: +-1. lowrank: A B^T on matrices, "
-        "fastest batched. aligned: A Q^T, Q the leading directions of a layer's inputs. feedback: feedback alignment, "
-        "the error at the output carried to every block; queries learn its way to the embedding",
-        choices=lambda: FAMILIES, needs="queries", shown="gaussian; feedback in Instruct")
+        "fastest batched. kronecker: A (x) B on matrices, of full rank. aligned: A Q^T, Q the leading directions of a "
+        "layer's inputs. feedback: feedback alignment, the error at the output carried to every block; queries learn "
+        "its way to the embedding", choices=lambda: FAMILIES, needs="queries", shown="gaussian; feedback in Instruct")
     carry: str = ZO(None, "what feedback trains in a block. block: all, by torch.autograd on one block at a time, "
         "nothing across blocks; the first's enters the embedding. branch: all of a branch (attention, MLP), by "
         "torch.autograd on it alone. stream: what writes to the residual stream, without autograd. With these two a "
@@ -327,7 +329,8 @@ class Config:
     guide_cosine: float = BP(0.5, "cosine of directions to the last true gradient", above=0, below=1, needs="bent")
 
     optimizer: str = OPTIM(None, "sgd (no state), adam (AdamW), or mudamw (Muon on hidden matrices, AdamW elsewhere)",
-        choices=OPTIMIZERS, shown="sgd in ZO and layerwise; adam in FO, with feedback; mudamw in Instruct, Calibrate")
+        choices=OPTIMIZERS, needs="one optimizer",
+        shown="sgd in ZO and layerwise; adam in FO, with feedback; mudamw in Instruct, Calibrate")
     learning_rate: float = OPTIM(None, "step size at its peak", above=0, shown="0.001; 0.003 in Instruct and Calibrate")
     head_learning_rate: float = OPTIM(3e-3, "rate of --head closed_form, as scheduled", above=0, needs="closed_form")
     guided_learning_rate: float = OPTIM(None, "step size between the backpropagations of Instruct and Calibrate, "
@@ -346,7 +349,8 @@ class Config:
     stage_epochs: str = LAYERS("2,1", "epochs of each stage, the last for all that follow", needs="layerwise epochs")
     stage_steps: str | None = LAYERS(None, "the same in steps, in place of epochs", needs="layerwise")
     stage_learning_rates: str | None = LAYERS(None, "rate of each stage (default: learning_rate)", needs="layerwise")
-    stage_optimizers: str | None = LAYERS(None, "optimizer of each stage (default: optimizer)", needs="layerwise")
+    stage_optimizers: str | None = LAYERS(None, "optimizer of each stage, with commas, the first for "
+        "backpropagation on the embedding (default: optimizer)", needs="layerwise")
 
     eval_interval: int = EVAL(100, "steps between validations; also at first, last, stage's end", least=1, free=True)
     eval_samples: int = EVAL(64, "validation sequences used (fewer if there are fewer)", least=1, most=10**7)
@@ -400,7 +404,6 @@ class Config:
     family = property(lambda self: FAMILIES[self.direction], doc="The direction family's class.")
     measures = property(lambda self: self.kind.queries and self.query_budget_q > 0, doc="Whether any query is made.")
     model_name = property(lambda self: Path(self.init_from or self.model_size).name, doc="The model's name or size.")
-    optimizers = property(lambda self: (self.stage_optimizers or self.optimizer).split(","), doc="Of stages, or one.")
     layerwise = property(lambda self: self.scope == "layerwise", doc="Whether layers are trained one after the other.")
     tokenizer_name = property(lambda self: self.tokenizer or self.init_from or MODEL_SIZES[self.model_size].tokenizer)
     source = property(lambda self: self.sources[0], doc="The run's documents.")
@@ -408,6 +411,12 @@ class Config:
         lambda self: bool({self.objective, self.eval_metric} - {"loss", "accuracy", None}),
         doc="Whether scores are of greedy continuations.",
     )
+
+    @property
+    def optimizers(self) -> list[str]:
+        """The optimizers of the mode's own steps: the first stage of layerwise is backpropagation in any."""
+        words = [word.strip() for word in (self.stage_optimizers or self.optimizer).split(",")]
+        return words[1:] or words
 
     @property
     def sources(self) -> list[Source]:
@@ -462,6 +471,7 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "closed_form": (lambda c: c.kind.queries and c.head == "closed_form", "--head closed_form"),
     "sgd queries": (lambda c: c.measures and "sgd" in c.optimizers and c.family.perturbs_weights,
                     "--optimizer sgd and queries along a --direction other than feedback"),
+    "one optimizer": (lambda c: c.stage_optimizers is None, "leaving out --stage_optimizers"),
     "schedule": (lambda c: c.use_lr_scheduler, "--use_lr_scheduler"),
     "flat": (lambda c: not c.layerwise, "a --scope other than layerwise, which has --stage_epochs"),
     "layerwise": (lambda c: c.layerwise, "--scope layerwise"),
@@ -592,6 +602,7 @@ def value_faults(config: Config) -> list[str]:
     c, q, own, family = config, config.query_budget_q, config.kind, config.family
     match, old_name = SCOPE.fullmatch(c.scope), OLD_HUB_NAMES.get(c.init_from or "")
     local = own.queries and not family.perturbs_weights and CARRIES[c.carry].enters
+    named = "stage_optimizers" if c.stage_optimizers else "optimizer"
     idle = own.queries and family.perturbs_weights and not (q or own.interval or c.head == "closed_form")
     checks = [
         (match and int(match["first"] or 0) <= int(match["last"] or 0), f"--scope {c.scope}: must be full, head, "
@@ -609,7 +620,7 @@ def value_faults(config: Config) -> list[str]:
          f"{c.batch_size} can't be divided evenly among --query_budget_q {q} queries; make it a multiple"),
         (not (local and q), f"--query_budget_q {q}: has no effect with --carry block, whose first block takes the "
          "error to the embedding"),
-        (not own.queries or set(c.optimizers) <= set(family.optimizers or OPTIMIZERS), "--optimizer mudamw: not for "
+        (not own.queries or "mudamw" not in c.optimizers or not family.optimizers, f"--{named} mudamw: not for "
          f"--direction {c.direction}: Muon would amplify rounding in the null space of its estimate; take sgd or adam"),
         (c.objective == "loss" or (c.measures and family.perturbs_weights and c.head == "estimated" and not c.layerwise
          and not own.interval), f"--objective {c.objective}: a score has no gradient; it is for queries alone, of a "
@@ -717,7 +728,7 @@ STAGE_LISTS = {"stage_epochs": int, "stage_steps": int, "stage_learning_rates": 
 
 def listed(text: str, kind: type) -> list:
     """Return positive numbers or optimizers that have commas between them; raises ValueError for any other text."""
-    values = [kind(part) for part in text.split(",")]
+    values = [kind(part.strip()) for part in text.split(",")]
     most = 1e6 if kind is float else 10**12
     if not all(value in OPTIMIZERS if kind is str else 0 < value <= most for value in values):
         raise ValueError("out of range")
@@ -736,7 +747,7 @@ def text_faults(config: Config) -> list[str]:
         if score not in (other, *SCORES) and not there:
             known = ", ".join([other] * bool(other) + [*SCORES])
             faults.append(f"--{name} {score}: must be one of {known}, or FILE.py:FUNCTION of a file that is there")
-    for name, kind in ((name, kind) for name, kind in STAGE_LISTS.items() if getattr(config, name)):
+    for name, kind in ((name, kind) for name, kind in STAGE_LISTS.items() if getattr(config, name) is not None):
         try:
             listed(getattr(config, name), kind)
         except ValueError:
@@ -1289,10 +1300,6 @@ class Below(NamedTuple):
     count: int
     states: torch.Tensor
 
-    def split(self, rows: int) -> list[Below]:
-        """Return parts of so many sequences each."""
-        return [Below(self.count, states) for states in self.states.split(rows)]
-
 
 class Objective:
     """The next-token loss of a causal language model, as estimators need it: one value a group, logits never whole.
@@ -1307,7 +1314,10 @@ class Objective:
         self.blocks, self.device = decoder_blocks(model), workers.device
         self.compute_dtype = None if compute_dtype == torch.float32 else compute_dtype
         self.scale = 1 if self.device.type == "cpu" else TILE_SCALE_ACCELERATOR
-        self.head, self._beside = model.get_output_embeddings(), None  # what a block returns beside its output
+        self.head, self._beside = (
+            model.get_output_embeddings(),
+            None,
+        )  # None for each thing that blocks return beside it
         self.sliced = loss_fn is None and self._head_is_plain()
 
     def _head_is_plain(self) -> bool:
@@ -1428,13 +1438,16 @@ class Objective:
         before = {at: blocks[at].__dict__.get("forward") for at in forwards}
 
         def stand_in(at: int, own: Callable, x: torch.Tensor, *args, **kwargs):
+            beside = [self._beside]
+
             def call(value: torch.Tensor) -> torch.Tensor:
                 out = own(value, *args, **kwargs)
-                self._beside = out[1:] if isinstance(out, tuple) else None
-                return out if self._beside is None else out[0]
+                beside[0] = out[1:] if isinstance(out, (tuple, list)) else None
+                self._beside = None if beside[0] is None else [None] * len(beside[0])
+                return out if beside[0] is None else out[0]
 
             y = forwards[at](x, call)
-            return y if self._beside is None else (y, *self._beside)
+            return y if beside[0] is None else (y, *beside[0])
 
         try:
             for at in forwards:
@@ -1466,7 +1479,7 @@ class Objective:
 
     def fixed_blocks(self) -> int:
         """Return how many blocks come before all that is trained (requires_grad), so that every query gives them the
-        same output; 0 where a pass that starts behind them is not bit for bit a whole one.
+        same output; 0 where a pass that starts behind them is not bit for bit a whole one, or can't be made.
         """
         if all(parameter.requires_grad for parameter in self.model.parameters()):
             return 0
@@ -1475,14 +1488,22 @@ class Objective:
 
         def see(x: torch.Tensor, call: Callable) -> torch.Tensor:
             y = call(x)
-            fixed.append(not y.requires_grad)
+            fixed.append(not getattr(y, "requires_grad", True))
             return y
 
         with torch.enable_grad(), self.quiet(), self.blocks_replaced(dict.fromkeys(range(len(self.blocks)), see)):
             whole = self._logits(ids).detach()
         count = sum(itertools.takewhile(bool, fixed))
-        with torch.no_grad(), self.quiet():
-            return count if torch.equal(self._logits(ids, self.below(ids, count)), whole) else 0
+        if count == 0 or len(fixed) != len(self.blocks):  # some models run their blocks several times
+            return 0
+        with torch.no_grad(), self.quiet(), contextlib.suppress(LookupError, TypeError, ValueError, RuntimeError):
+            states = self.below(ids, count).states
+            for rows, most in (([0, 1], 0.0), ([0, 0, 1, 1], 1e-2)):  # as a query sees them, and several together
+                found = self._logits(ids[rows], Below(count, states[rows]))
+                if not (found - whole[rows]).abs().max() <= most * whole.abs().max():
+                    return 0
+            return count
+        return 0
 
     def hidden_through(self, input_ids: torch.Tensor, bottom: Callable, top: Callable) -> torch.Tensor:
         """Return the last hidden states of a pass in which bottom(h0) takes the place of the first block's input h0,
@@ -1673,13 +1694,14 @@ class LowRank(Gaussian):
 
 
 class Kronecker(Gaussian):
-    """On matrices z = A (x) B with standard normal A [m1, n1] and B [m2, n2], on vectors Gaussian: E[z z^T] = I, and z
-    has full rank (after Allaire, Le Digabel, Orban, Partovi Nia 2026, SN Computer Science 7(2):162, of which the
-    abstract could be read). The factors' sides are near the square roots of the matrix's m x n: n1 n2 = n, m1 m2 >= m,
-    and what is beyond m is left out.
+    """On matrices z = A (x) B with standard normal A [m1, n1] and B [m2, n2], on vectors Gaussian: E[z z^T] = I (after
+    Allaire, Le Digabel, Orban, Partovi Nia 2026, SN Computer Science 7(2):162, of which the abstract could be read).
 
-    For a gradient G on one matrix E||<G, z> z||^2 = (m1 n1 + 2) (m2 n2 + 2) ||G||^2, or d + 4 sqrt(d) + 4 where both
-    factors have sqrt(d) entries; gaussian has d + 2, low rank of rank 1 (m + 2) (n + 2).
+    Of a matrix m x n, n1 n2 = n with n1 and n2 as near to each other as n's divisors allow; m1 m2 >= m, rows beyond m
+    left out, with the shapes of A and B as near to that of the matrix as a full rank allows: rank A rank B = min(m, n).
+
+    For a gradient G on one matrix E||<G, z> z||^2 = (m1 n1 + 2) (m2 n2 + 2) ||G||^2 where no row is left out, or d + 4
+    sqrt(d) + 4 where both factors have sqrt(d) entries; gaussian has d + 2, low rank of rank 1 (m + 2) (n + 2).
     """
 
     largest = LowRank.largest
@@ -1687,9 +1709,12 @@ class Kronecker(Gaussian):
     def direction(self, tensor: Tensor, at: Coordinates) -> Dense | KroneckerProduct:
         if tensor.parameter.ndim != 2:
             return super().direction(tensor, at)
-        m1, n1 = round(math.sqrt(tensor.rows)), math.isqrt(tensor.columns)
-        n1 = next(size for size in range(n1, 0, -1) if tensor.columns % size == 0)
-        m2, n2, device = -(-tensor.rows // m1), tensor.columns // n1, tensor.parameter.device
+        m, n, device = tensor.rows, tensor.columns, tensor.parameter.device
+        n1 = next(size for size in range(math.isqrt(n), 0, -1) if n % size == 0)
+        n2 = n // n1
+        least, most = sorted((n2, m // n1 if m >= n else -(-m // n1)))  # both factors tall, or both wide: full rank
+        m2 = min(max(round(n2 * math.sqrt(m / n)), least), most)
+        m1 = -(-m // m2)
         drawn = torch.empty(m1 * n1 + m2 * n2, device=device)
         drawn.normal_(generator=stream(device, at.seed, PURPOSE_DIRECTION, *at[1:], tensor.index, 0))
         return KroneckerProduct(drawn[: m1 * n1].view(m1, n1), drawn[m1 * n1 :].view(m2, n2), tensor)
@@ -1916,13 +1941,20 @@ def draw(direction, tensor: Tensor, block: int, workers: Workers) -> torch.Tenso
 Batch = Callable[[int], tuple]  # query -> (input_ids, labels, below): int64 [R, T] twice, and a Below or None
 
 
-def query_batch(input_ids: torch.Tensor, labels: torch.Tensor, q: int, query_data: str, below=None) -> Batch:
-    """Return what each query sees of a step's batch: all of it (shared), or its own q-th of the rows (distinct)."""
-    if query_data == "shared":
-        return lambda query: (input_ids, labels, below)
-    share = len(input_ids) // q
-    known = below.split(share) if below else [None] * q
-    return list(zip(input_ids.split(share), labels.split(share), known)).__getitem__
+def query_batch(
+    input_ids: torch.Tensor, labels: torch.Tensor, q: int, query_data: str, below: Callable = lambda ids: None
+) -> Batch:
+    """Return what each query sees of a step's batch: all of it (shared), or its own q-th of the rows (distinct), and
+    what below(ids) gives of that, when it is asked for.
+    """
+    share = len(input_ids) if query_data == "shared" else len(input_ids) // q
+    parts = list(zip(input_ids.split(share), labels.split(share)))
+
+    def seen(query: int) -> tuple:
+        ids, own = parts[query % len(parts)]
+        return ids, own, below(ids)
+
+    return seen
 
 
 def never() -> None:
@@ -2278,22 +2310,19 @@ def add_directions(
         workers.each(dense, items)
 
 
-def check_call(model, tensors: list[Tensor], inputs, labels, values: dict, choices: dict) -> None:
-    """Raise ValueError, in one line, for arguments of the library function that can't be used."""
+def check_call(tensors: list[Tensor], values: dict, choices: dict) -> None:
+    """Raise ValueError, in one line, for arguments of the library functions that can't be used."""
     for name, value in values.items():
-        kinds = (int, float, np.number) if name == "epsilon" else (int, np.integer)
+        real = name in ("epsilon", "learning_rate")
+        kinds = (int, float, np.number) if real else (int, np.integer)
         if not isinstance(value, kinds) or not 0 < value <= 1e6:
-            least = "above 0 and up" if name == "epsilon" else "a whole number from 1"
+            least = "above 0 and up" if real else "a whole number from 1"
             raise ValueError(f"{name}={value!r} must be {least} to 1e6")
     for name, (value, known) in choices.items():
         if value not in known:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
     if not tensors:
         raise ValueError("trainable_params is empty: there is nothing to estimate")
-    own = {id(parameter) for parameter in model.parameters()}
-    if odd := [tensor.name for tensor in tensors if id(tensor.parameter) not in own]:
-        raise ValueError(f"{odd[0]} is not a parameter of this model")
-    check_ids(inputs, labels, model.get_input_embeddings().weight.shape[0])
 
 
 def check_ids(inputs: torch.Tensor, labels: torch.Tensor, vocabulary: int) -> None:
@@ -2307,6 +2336,18 @@ def check_ids(inputs: torch.Tensor, labels: torch.Tensor, vocabulary: int) -> No
             )
     if not (labels[:, 1:] != IGNORE_INDEX).any():
         raise ValueError(f"labels are all {IGNORE_INDEX}: there is nothing to predict")
+
+
+def finite_gradients(losses: np.ndarray, epsilon: float) -> np.ndarray:
+    """Return the projected gradients of losses [q, 2]; raises FloatingPointError where a loss is not finite."""
+    if not np.isfinite(losses).all():
+        raise FloatingPointError(f"query {int(np.argmin(np.isfinite(losses).all(1)))}: its losses are not finite")
+    return projected_gradients(losses, epsilon)
+
+
+def named_pairs(trainable_params: Iterable) -> list[tuple[str, torch.nn.Parameter]]:
+    """Return (name, parameter) pairs of parameters, or of such pairs."""
+    return [pair if isinstance(pair, tuple) else (f"parameter {i}", pair) for i, pair in enumerate(trainable_params)]
 
 
 def zo_gradient_estimator(
@@ -2341,7 +2382,7 @@ def zo_gradient_estimator(
         parallel_q_computation: `parallel_batch_size` queries in one forward pass, weights bitwise untouched; else in
             place, where a first call rounds the weights to a grid (see `Grid`) and leaves them there bit for bit.
         seed, step: coordinates of the directions: the same call gives the same directions, on either path.
-        direction, rank: gaussian, rademacher, or lowrank of that rank.
+        direction, rank: gaussian, rademacher, kronecker, or lowrank of that rank.
         query_data: "distinct" gives each query its own rows (the number of rows must be a multiple of q).
 
     Returns:
@@ -2349,12 +2390,16 @@ def zo_gradient_estimator(
 
     Raises ValueError, in one line, for arguments that can't be used, FloatingPointError for what is not finite.
     """
-    named = [pair if isinstance(pair, tuple) else (f"parameter {i}", pair) for i, pair in enumerate(trainable_params)]
+    named = named_pairs(trainable_params)
     tensors = trainable_tensors(named)
     values = {"q": q, "epsilon": epsilon, "parallel_batch_size": parallel_batch_size, "rank": rank}
     known = {name: family for name, family in DIRECTIONS.items() if not family.passes}
     choices = {"direction": (direction, known), "query_data": (query_data, ("shared", "distinct"))}
-    check_call(model, tensors, inputs, labels, values, choices)
+    check_call(tensors, values, choices)
+    own = {id(parameter) for parameter in model.parameters()}
+    if odd := [tensor.name for tensor in tensors if id(tensor.parameter) not in own]:
+        raise ValueError(f"{odd[0]} is not a parameter of this model")
+    check_ids(inputs, labels, model.get_input_embeddings().weight.shape[0])
     if query_data == "distinct" and len(inputs) % q:
         raise ValueError(f"{len(inputs)} rows can't be divided evenly among {q} queries")
     batch = query_batch(inputs.to(device), labels.to(device), q, query_data)
@@ -2362,11 +2407,10 @@ def zo_gradient_estimator(
     with Workers(torch.device(device)) as workers:
         objective = Objective(model, workers, compute_dtype, None if is_plain_loss(loss_fn) else loss_fn)
         losses = query_losses(objective, tensors, batch, queries, parallel_batch_size if parallel_q_computation else 0)
-        if not np.isfinite(losses).all():
-            raise FloatingPointError(f"query {int(np.argmin(np.isfinite(losses).all(1)))}: its losses are not finite")
+        c = finite_gradients(losses, epsilon)
         grads = [torch.zeros_like(tensor.parameter, requires_grad=False) for tensor in tensors]
         outs = [grad.view(tensor.rows, tensor.columns) for grad, tensor in zip(grads, tensors)]
-        add_directions(outs, tensors, queries, projected_gradients(losses, epsilon) / q, workers)
+        add_directions(outs, tensors, queries, c / q, workers)
     of = {id(tensor.parameter): grad for tensor, grad in zip(tensors, grads)}
     return [of[id(parameter)] for _, parameter in named], torch.tensor(losses.mean(), dtype=torch.float64)
 
@@ -2463,6 +2507,66 @@ class Optimizer:
             raise ValueError(f"state of unknown tensors: {', '.join(sorted(left)[:3])}")
 
 
+class Measured(NamedTuple):
+    """What `sequential_losses` needs of an objective: a function of the weights as they are."""
+
+    closure: Callable[[], float]
+    workers: Workers
+
+    def losses(self) -> torch.Tensor:
+        """Return its value, float64 [1]."""
+        with torch.no_grad():
+            return torch.tensor([float(self.closure())], dtype=torch.float64)
+
+
+def zo_step(
+    trainable_params: Iterable,
+    closure: Callable[[], float],
+    q: int,
+    epsilon: float,
+    learning_rate: float,
+    optimizer: str = "sgd",
+    state: dict[str, torch.Tensor] | None = None,
+    seed: int = 0,
+    step: int = 0,
+    *,
+    direction: str = "gaussian",
+    rank: int = 1,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Make one zeroth-order step on any function of the weights, in place: (losses, projected gradients).
+
+    Nothing of the size of the parameters is made but adam's state (MeZO: Malladi et al. 2023, Algorithm 1).
+
+    Args:
+        trainable_params: parameters of any modules on one device, or (name, parameter) pairs; float32 or float64.
+        closure: returns what is to be lowered, a loss or a negative score, for the weights as they are. It is called
+            2q times and must depend on nothing else that changes: no dropout, the same batch.
+        optimizer, state: sgd, or adam with a dict that is {} at first and is given again in each step; its tensors
+            have names, and are all that must be saved to go on.
+        seed, step: coordinates of the directions: the same call makes the same step.
+        direction, rank: gaussian, rademacher, kronecker, or lowrank of that rank.
+
+    Returns:
+        losses at theta + epsilon z and theta - epsilon z, float64 [q, 2]; their projected gradients, float64 [q].
+
+    Raises ValueError, in one line, for arguments that can't be used, FloatingPointError for what is not finite; then,
+    and where the closure raises, the weights are as before (but on the grid of `Grid`).
+    """
+    tensors, state = trainable_tensors(named_pairs(trainable_params)), {} if state is None else state
+    values = {"q": q, "epsilon": epsilon, "learning_rate": learning_rate, "rank": rank}
+    known = {name: family for name, family in DIRECTIONS.items() if not family.passes}
+    check_call(tensors, values, {"direction": (direction, known), "optimizer": (optimizer, ("sgd", "adam"))})
+    queries = Queries(known[direction](rank), seed, step, q, epsilon)
+    with Workers(tensors[0].parameter.device) as workers:
+        grid, rule = Grid(tensors, epsilon, queries.family.largest, workers), Optimizer(optimizer, tensors, workers)
+        rule.load_state_dict(state)
+        losses = sequential_losses(Measured(closure, workers), grid, lambda query: (), queries, range(q))
+        c = finite_gradients(losses, epsilon)
+        rule.apply_estimate(tensors, queries, c, learning_rate)
+        state.update(rule.state_dict())
+    return losses, c
+
+
 def trusted_rate(rate: float, projected_grads: np.ndarray, most: float, gain: float) -> float:
     """Return the rate, lowered so that sgd's step promises a fall of the loss by `most` nats at most (0: not lowered).
 
@@ -2544,7 +2648,9 @@ def finite(step: int, **values: float) -> None:
 class Rule:
     """How a step is measured and how its record is applied."""
 
-    passes = 1.0  # forward passes of the step's batch that it takes, or their cost: what `forward_tokens` counts
+    # forward passes of the step's batch that it takes, or their cost: what `forward_tokens` counts; whole passes, also
+    # where fixed blocks are not computed again
+    passes = 1.0
     learning_passes = 0.0  # those that `learn` takes
     guide_to_gradient = math.nan  # the cosine of the guide to the last true gradient
 
@@ -2685,7 +2791,7 @@ class QueryRule(Rule):
         self.setting.optimizer.apply_estimate(self.tensors, queries, record.projected_grads, record.learning_rate)
 
     def below(self, ids: torch.Tensor) -> Below | None:
-        """Return what the fixed blocks make of a batch; of one that comes again, it is known."""
+        """Return what the fixed blocks make of sequences; of those of the last call, it is known."""
         if not self._known or not torch.equal(self._known[0], ids):
             self._known = ids, self.setting.measured.below(ids, self.fixed)
         return self._known[1]
@@ -2694,7 +2800,7 @@ class QueryRule(Rule):
         """Return the losses of this rank's queries, float64 [share, 2]; where memory runs out, in smaller groups."""
         setting, ranks = self.setting, self.setting.ranks
         ids, labels = setting.measured.prepare(*setting.batch(queries.step))
-        batch = query_batch(ids, labels, queries.q, self.config.query_data, self.below(ids))
+        batch = query_batch(ids, labels, queries.q, self.config.query_data, self.below)
         fixed = setting.measured, self.tensors, batch, queries
         while True:
             try:
@@ -2735,7 +2841,9 @@ class QueryRule(Rule):
         how = f"{self.group} in one forward pass" if self.group else "one after the other, in place"
         lines = [f"queries: {config.query_budget_q} a step, {config.direction}, {config.query_data} data, {how}"]
         if self.fixed:
-            lines.append(f"the first {self.fixed} blocks are fixed: what they make of a batch is computed once a step")
+            lines.append(
+                f"the first {self.fixed} blocks are fixed: what they make of a batch is computed once, for all queries"
+            )
         if config.kind.guided:
             lines.append(f"guide: one gradient is kept, {self.dimension * 4 / 2**20:.1f} MiB")
         lines.append(family.about(config.query_budget_q, self.dimension))
@@ -4197,6 +4305,10 @@ def read_config(path: Path) -> Config:
     flags = about.get("flags")
     if not isinstance(flags, dict) or about.get("flags_sha256") != flags_digest(flags):
         raise UsageError(f"{where}: damaged or changed by hand (its digest does not fit its flags)")
+    if flags.pop("embedding_optimizer", None) or (
+        "stage_optimizers" not in flags and flags.get("scope") == "layerwise"
+    ):
+        raise UsageError(f"{where}: of a version whose layerwise runs had other defaults; start a new run")
     if odd := sorted(set(flags) - set(FIELDS)):
         raise UsageError(f"{where}: of another version of this script, which has no --{', --'.join(odd)}")
     faults = [f"--{name} {v}: {fault}" for name, v in flags.items() if (fault := value_fault(FIELDS[name], v))]
@@ -4432,7 +4544,7 @@ def plan(config: Config, blocks: int, epoch: int) -> list[Phase]:
     def by_stage(name: str, text: str) -> list:
         values = listed(text, STAGE_LISTS[name])
         if len(values) > len(scopes):
-            raise UsageError(f"--{name} {text}: {len(values)} numbers, and there are {len(scopes)} stages")
+            raise UsageError(f"--{name} {text}: {len(values)} values, and there are {len(scopes)} stages")
         return values + values[-1:] * (len(scopes) - len(values))
 
     lengths, rates = [config.max_steps or config.epochs * epoch], [config.learning_rate]
@@ -4629,7 +4741,9 @@ def opening(job: Job) -> None:
     kind = f"{type(job.model).__name__} from {config.init_from}" if config.init_from else f"Llama {config.model_size}"
     threads = f", {torch.get_num_threads()} threads" if job.objective.device.type == "cpu" else ""
     rule = f"{config.mode}" + f", directions {config.direction}" * config.kind.queries
-    rate = f"{config.stage_optimizers or config.optimizer} at {config.stage_learning_rates or config.learning_rate}"
+    rate = (
+        f"{config.stage_optimizers or config.optimizer} at {config.stage_learning_rates or f'{config.learning_rate:g}'}"
+    )
     if config.kind.interval:
         rate += f", between backpropagations (every {config.bp_interval} steps) at {config.guided_learning_rate:g}"
     how = f"warm-up {config.warmup_steps}, cosine to {config.min_lr:g}" if config.use_lr_scheduler else "constant rate"

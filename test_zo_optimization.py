@@ -96,7 +96,7 @@ class Bench(contextlib.ExitStack):
         generator, vocabulary = torch.Generator().manual_seed(0), model.config.vocab_size
         self.ids = torch.randint(vocabulary, (rows, tokens), generator=generator).to(device)
         self.tensors = zo.trainable_tensors(model.named_parameters())
-        self.objective, self.below = zo.Objective(model, self.workers, compute_dtype), None
+        self.objective, self.fixed = zo.Objective(model, self.workers, compute_dtype), 0
 
     def queries(self, family: str, q: int, epsilon: float = 1e-3, step: int = 0) -> zo.Queries:
         return zo.Queries(FAMILIES[family](self), 0, step, q, epsilon)
@@ -105,7 +105,8 @@ class Bench(contextlib.ExitStack):
         return zo.Grid(self.tensors, queries.epsilon, queries.family.largest, self.workers)
 
     def losses(self, queries: zo.Queries, group: int = 0, grid: zo.Grid | None = None) -> np.ndarray:
-        batch = zo.query_batch(self.ids, self.ids, queries.q, "shared", self.below)
+        known = self.objective.below(self.ids, self.fixed)
+        batch = zo.query_batch(self.ids, self.ids, queries.q, "shared", lambda ids: known)
         return zo.query_losses(self.objective, self.tensors, batch, queries, group, grid)
 
     def c(self, queries: zo.Queries, group: int = 0, grid: zo.Grid | None = None) -> np.ndarray:
@@ -240,7 +241,7 @@ def stages_table(size: str, q: int, repetitions: int, rows: int, tokens: int) ->
     with Bench(sized_model(size), rows, tokens) as b:
 
         def step(name: str, reuse: bool, number: int) -> None:
-            b.below = b.objective.below(b.ids, fixed if reuse else 0)
+            b.fixed = fixed if reuse else 0
             steps[name](number)
 
         for stage in range(len(b.objective.blocks)):

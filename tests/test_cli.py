@@ -63,7 +63,9 @@ DEFAULTS = """
     --mode Instruct --bp_interval 5 --direction gaussian -> query_budget_q 8, optimizer mudamw, epsilon 0.001
     --mode Calibrate --bp_interval 5 -> direction gaussian, optimizer mudamw, guided_learning_rate 0.003
     --dtype bfloat16 --epsilon 1e-3 -> epsilon 0.001
-    --scope layerwise --stage_steps 3 -> optimizer sgd, stage_optimizers None"""
+    --scope layerwise --stage_steps 3 -> optimizer sgd, stage_optimizers None, clip_grad_norm 0.0
+    --mode FO --scope layerwise -> optimizer sgd, clip_grad_norm 0.0
+    --scope layerwise --direction feedback -> optimizer adam, clip_grad_norm 0.0"""
 
 
 @pytest.mark.parametrize("line", DEFAULTS.splitlines()[1:])

@@ -58,12 +58,8 @@ def test_stages_are_told_in_metrics_and_log(layers):
 @pytest.mark.parametrize(("first", "then"), [(None, "sgd"), (None, "adam"), ("sgd", "adam"), ("adam", "sgd")])
 def test_the_first_stage_has_an_optimizer_of_its_own_or_the_runs(runs, first, then):
     """A vanilla first stage is SGD: it moves along the clipped gradient, and keeps no state."""
-    flags = {
-        "learning_rate": 1e-2,
-        "clip_grad_norm": 0.5,
-        "optimizer": then,
-        "stage_optimizers": first and f"{first},{then}",
-    }
+    flags = {"learning_rate": 1e-2, "clip_grad_norm": 0.5}
+    flags |= {"stage_optimizers": f"{first}, {then}"} if first else {"optimizer": then}
     run, first = runs.train(**LAYERS | {"max_steps": 4}, **flags), first or then
     log = (run / "train.log").read_text()
     assert f"{STAGES[0]}, backpropagation, {first} 0.01" in log
@@ -77,7 +73,9 @@ def test_the_first_stage_has_an_optimizer_of_its_own_or_the_runs(runs, first, th
 
 def test_epochs_and_rates_are_given_stage_by_stage():
     config = zo.Config(scope="layerwise", stage_epochs="3,1,2", stage_learning_rates="0.5,0.25")
+    config = zo.dataclasses.replace(config, stage_optimizers="sgd,adam,mudamw")
     found = zo.plan(config, blocks=4, epoch=50)
+    assert [phase.optimizer for phase in found] == ["sgd", "adam", "mudamw", "mudamw", "mudamw"]
     assert [(phase.first, phase.end) for phase in found] == [(0, 150), (150, 200), (200, 300), (300, 400), (400, 500)]
     assert [phase.learning_rate for phase in found] == [0.5, 0.25, 0.25, 0.25, 0.25]
 
@@ -101,7 +99,7 @@ def test_a_layerwise_run_resumes_at_any_step_and_is_replayed(runs, flags):
 
 
 def test_what_makes_no_stages_is_refused(errors, runs, miniature):
-    cases = [({"stage_steps": "1,1,1,1"}, "--stage_steps 1,1,1,1: 4 numbers, and there are 3 stages")]
+    cases = [({"stage_steps": "1,1,1,1"}, "--stage_steps 1,1,1,1: 4 values, and there are 3 stages")]
     cases += [({"use_lr_scheduler": True, "warmup_steps": 2}, "--warmup_steps 2: as long as a stage")]
     cases += [({"max_steps": 17}, "--max_steps 17: the stages have 7 steps in all")]
     for flags, line in cases:

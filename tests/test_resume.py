@@ -291,6 +291,12 @@ def test_a_flag_that_the_runs_version_did_not_have_is_at_its_default(runs, stopp
             assert zo.read_config(stopped).identity == stored.identity
         (stopped / "config.json").write_text(about, "utf-8")
     assert {"carry", "clip_grad_norm", "export_best", "rank", "head"} <= set(at_default)
+    harness.rewrite_config(stopped, leave_out=("stage_optimizers",), embedding_optimizer=None)  # of the version before
+    assert zo.read_config(stopped) == stored
+    harness.rewrite_config(stopped, scope="layerwise")
+    with pytest.raises(zo.UsageError, match="layerwise runs had other defaults"):
+        zo.read_config(stopped)
+    (stopped / "config.json").write_text(about, "utf-8")
     harness.rewrite_config(stopped, leave_out=tuple(at_default), warp_speed=9)
     assert runs.resume(stopped, max_steps=8) == 2
     assert re.search(rf"error: {stopped}/config.json: .*--warp_speed", capsys.readouterr().err)

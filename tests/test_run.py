@@ -54,7 +54,7 @@ def test_a_run_writes_what_it_says(done):
 
 
 def test_metrics_have_a_row_per_logged_step_and_agree_with_the_journal(done):
-    names = "step epoch stage loss val_loss val_bits_per_byte learning_rate grad_norm projected_grad_mean"
+    names = "step epoch stage loss val_loss val_bits_per_byte val_score learning_rate grad_norm projected_grad_mean"
     names += " projected_grad_std guide_to_gradient data_tokens forward_tokens seconds peak_memory_mib"
     assert (done / "metrics.csv").read_text("utf-8").splitlines()[0].split(",") == names.split()
     rows, lines = harness.metrics(done), harness.journal(done)
@@ -178,11 +178,12 @@ def test_a_run_is_a_function_of_its_seed_which_is_0_by_default(runs, mode):
 
 
 def test_models_have_the_size_of_their_name(monkeypatch):
-    """Within 2%, with tied embeddings and the GPT-2 vocabulary (tiny: one of its own)."""
+    """Within 2%, with tied embeddings and the GPT-2 vocabulary or one of their own."""
     monkeypatch.setattr(zo, "stream", lambda *args: None)  # weights are not drawn on the meta device
     vocabulary = type("Vocabulary", (list,), {"bos_token_id": 0, "eos_token_id": 0})
-    for name, size in {"20M": 20e6, "200M": 200e6, "500M": 500e6, "1B": 1e9, "tiny": 1.93e6}.items():
-        tokens, tokenizer = (4096, "bpe:4096") if name == "tiny" else (50257, "gpt2")
+    for name, size in {"20M": 20e6, "200M": 200e6, "500M": 500e6, "1B": 1e9, "tiny": 1.93e6, "20M-paper": 20e6}.items():
+        tokens = {"tiny": 4096, "20M-paper": 32000}.get(name, 50257)
+        tokenizer = "gpt2" if tokens == 50257 else f"bpe:{tokens}"
         with torch.device("meta"):
             model = zo.build_model(zo.Config(model_size=name), vocabulary(range(tokens)))
         assert abs(sum(parameter.numel() for parameter in model.parameters()) / size - 1) < 0.02
