@@ -87,7 +87,7 @@ def test_every_command_that_is_documented_has_flags_that_fit(name):
     commands = re.findall(r"^ .*reproduce_zo_paper\.py (--[^#;&\n]*?)(?:  | [#;&（]|$)", text, re.MULTILINE)
     assert len(commands) > 3
     for words in commands:
-        if not re.search("--(resume|replay|compare|init_from) ", words):  # which need something that is there
+        if not re.search("--(resume|replay|compare|init_from|dataset) ", words):  # which need something that is there
             zo.parse_config(shlex.split(words.replace("$rate", "1e-3")))
 
 

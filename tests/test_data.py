@@ -32,7 +32,7 @@ def corpus_of(tmp_path, **flags) -> zo.Corpus:
 
 def texts_in(corpus: zo.Corpus, split: str) -> list[str]:
     """The documents of a split, read back from its tokens."""
-    tokens = getattr(corpus, split).tolist()
+    tokens = corpus.tokens[split].tolist()
     text = corpus.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
     assert not tokens or text.endswith(zo.END_OF_TEXT)
     return text.split(zo.END_OF_TEXT)[:-1]
@@ -76,7 +76,7 @@ def test_the_split_is_a_function_of_the_text_alone(tmp_path):
     assert zo.is_validation(wanted[17]) == expected
     for split in ("train", "validation"):
         texts = texts_in(corpus, split)
-        counts = {"documents": len(texts), "tokens": len(getattr(corpus, split)), "bytes": len("".join(texts).encode())}
+        counts = {"documents": len(texts), "tokens": len(corpus.tokens[split]), "bytes": len("".join(texts).encode())}
         assert {name: corpus.about[name][split] for name in counts} == counts
     assert corpus.frequencies.tolist() == np.bincount(corpus.tokens["train"], minlength=300).tolist()
 

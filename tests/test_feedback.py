@@ -17,9 +17,10 @@ BATCHES = [torch.randint(0, 61, (3, 17), generator=torch.Generator().manual_seed
 def rule_of(model, workers, group: int = 0, **flags) -> zo.Feedback:
     """The rule on BATCHES, with sgd, whose weight changes are -rate times the gradients."""
     config = zo.Config(direction="feedback", optimizer="sgd", seed=SEED, **flags)
-    tensors, batch = zo.trainable_tensors(model.named_parameters()), BATCHES.__getitem__
+    tensors, batch = zo.trainable_tensors(model.named_parameters()), lambda step: (BATCHES[step], BATCHES[step])
     objective, optimizer = zo.Objective(model, workers), zo.Optimizer("sgd", tensors, workers)
-    setting = zo.Setting(config, objective, tensors, None, optimizer, zo.Ranks(), batch, batch, lambda step: 1.0)
+    made = (objective, objective, tensors, None, optimizer, zo.Ranks())
+    setting = zo.Setting(config, *made, batch, batch, lambda step: 1.0)
     return zo.Feedback(setting, group)
 
 

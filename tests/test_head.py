@@ -93,7 +93,7 @@ def test_the_unigram_loss_is_that_of_token_frequencies_and_falling_below_it_is_s
     run = runs.train(max_steps=3, eval_interval=1)
     corpus = harness.corpus(zo.read_config(run))
     size, counts = corpus.config.block_size, np.ones(len(corpus.tokenizer))
-    np.add.at(counts, np.asarray(corpus.train), 1)
+    np.add.at(counts, np.asarray(corpus.tokens["train"]), 1)
     seen = [corpus.tokens["validation"][row * size + 1 : (row + 1) * size] for row in corpus.validation_rows]
     assert said[0] == pytest.approx(-np.log(counts / counts.sum())[np.concatenate(seen)].mean(), rel=1e-9)
     assert (run / "train.log").read_text().count("below the unigram loss") == 1
