@@ -2310,7 +2310,7 @@ def add_directions(
         workers.each(dense, items)
 
 
-def check_call(tensors: list[Tensor], values: dict, choices: dict) -> None:
+def check_call(tensors: list[Tensor], values: dict, choices: dict, model: torch.nn.Module | None = None) -> None:
     """Raise ValueError, in one line, for arguments of the library functions that can't be used."""
     for name, value in values.items():
         real = name in ("epsilon", "learning_rate")
@@ -2323,6 +2323,9 @@ def check_call(tensors: list[Tensor], values: dict, choices: dict) -> None:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
     if not tensors:
         raise ValueError("trainable_params is empty: there is nothing to estimate")
+    own = {id(parameter) for parameter in model.parameters()} if model else {id(t.parameter) for t in tensors}
+    if odd := [tensor.name for tensor in tensors if id(tensor.parameter) not in own]:
+        raise ValueError(f"{odd[0]} is not a parameter of this model")
 
 
 def check_ids(inputs: torch.Tensor, labels: torch.Tensor, vocabulary: int) -> None:
@@ -2395,10 +2398,7 @@ def zo_gradient_estimator(
     values = {"q": q, "epsilon": epsilon, "parallel_batch_size": parallel_batch_size, "rank": rank}
     known = {name: family for name, family in DIRECTIONS.items() if not family.passes}
     choices = {"direction": (direction, known), "query_data": (query_data, ("shared", "distinct"))}
-    check_call(tensors, values, choices)
-    own = {id(parameter) for parameter in model.parameters()}
-    if odd := [tensor.name for tensor in tensors if id(tensor.parameter) not in own]:
-        raise ValueError(f"{odd[0]} is not a parameter of this model")
+    check_call(tensors, values, choices, model)
     check_ids(inputs, labels, model.get_input_embeddings().weight.shape[0])
     if query_data == "distinct" and len(inputs) % q:
         raise ValueError(f"{len(inputs)} rows can't be divided evenly among {q} queries")

@@ -1,6 +1,7 @@
 """The tables and pictures of RESULTS.md and docs/benchmarks.md.
 
     python experiments/report.py runs logs/tiny docs/results.png     groups of runs that differ in their seed alone
+    python experiments/report.py runs logs/paper docs/paper.png 'layer_(q|control|sgd_0.3)'    those whose names match
     python experiments/report.py machines 1B                         a step on 64 machines, from pieces measured here
 
 A run's name without its date and seed is its group; the tables give the mean over seeds (least to largest).
@@ -103,12 +104,13 @@ def draw(groups: dict[str, list[Run]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def report(folder: str, picture: str | None = None) -> None:
-    """Prints the tables of a folder of runs, and draws the picture."""
+def report(folder: str, picture: str | None = None, pattern: str = "") -> None:
+    """Prints the tables of a folder's runs, or of those whose names match, and draws the picture."""
     groups = defaultdict(list)
     for path in sorted(Path(folder).glob("*/finished.json")):
         run = Run(path.parent)
-        groups[run.group].append(run)
+        if re.search(pattern, run.name):
+            groups[run.group].append(run)
     groups = dict(sorted(groups.items(), key=lambda item: statistics.mean(r.at["val_loss"][-1] for r in item[1])))
     for axis, unit, suffix in (("step", 1, ""), ("forward_tokens", 1e6, "M")):
         print(f"\nby {axis.replace('_', ' ')}\n")

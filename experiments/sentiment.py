@@ -24,6 +24,7 @@ def content(archive: bytes, member: str) -> bytes:
 
 
 def main() -> None:
+    """Writes the file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("archive", type=Path)
     parser.add_argument("file", type=Path)
