@@ -366,7 +366,7 @@ class Config:
     save_interval: int = KEEP(500, "steps between checkpoints (always one at the end)", least=1, free=True)
     keep_checkpoints: int = KEEP(2, "newest checkpoints kept, beside the best by validation", least=1, free=True)
     export_dir: str | None = KEEP(None, "new folder for the model at the end, with a card of the run", free=True)
-    export_best: bool = KEEP(False, "export the checkpoint of lowest validation loss", free=True, needs="export")
+    export_best: bool = KEEP(False, "export the best checkpoint, by eval_metric or loss", free=True, needs="export")
     resume: str | None = KEEP(None, "resume a run: its directory, or auto: newest unfinished in log_dir", action=True)
     replay: str | None = KEEP(None, "rebuild a run's model from its seed and journal; check it by its own", action=True)
     replay_step: int | None = KEEP(None, "step to rebuild (default: the last)", least=0, needs="replay", action=True)
@@ -1309,6 +1309,8 @@ class Objective:
     logits are used. Dropout is off while losses are taken.
     """
 
+    rows_each = 1  # sequences that are measured for one of a batch
+
     def __init__(self, model: torch.nn.Module, workers: Workers, compute_dtype=None, loss_fn: Callable | None = None):
         self.model, self.workers, self.loss_fn = model, workers, loss_fn
         self.blocks, self.device = decoder_blocks(model), workers.device
@@ -1358,6 +1360,10 @@ class Objective:
     def prepare(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sequences whose losses a batch is measured by: its own."""
         return input_ids, labels
+
+    def tokens(self, input_ids: torch.Tensor, labels: torch.Tensor) -> int:
+        """Return how many tokens a forward pass of a batch has."""
+        return self.prepare(input_ids, labels)[0].numel()
 
     def reduced(self, losses: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
         """Return what is lowered, float64 [G], from tokens' losses [G, R, T - 1], 0 where not counted: their mean."""
@@ -2314,10 +2320,11 @@ def check_call(tensors: list[Tensor], values: dict, choices: dict, model: torch.
     """Raise ValueError, in one line, for arguments of the library functions that can't be used."""
     for name, value in values.items():
         real = name in ("epsilon", "learning_rate")
-        kinds = (int, float, np.number) if real else (int, np.integer)
-        if not isinstance(value, kinds) or not 0 < value <= 1e6:
-            least = "above 0 and up" if real else "a whole number from 1"
-            raise ValueError(f"{name}={value!r} must be {least} to 1e6")
+        kinds, first = (int, float, np.number) if real else (int, np.integer), int(name not in ("seed", "step"))
+        most = 1e6 if first else 2.0**63
+        if not isinstance(value, kinds) or not (value > 0 if real else first <= value) or not value <= most:
+            least = "above 0 and up" if real else f"a whole number from {first}"
+            raise ValueError(f"{name}={value!r} must be {least} to {most:g}")
     for name, (value, known) in choices.items():
         if value not in known:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
@@ -2350,7 +2357,12 @@ def finite_gradients(losses: np.ndarray, epsilon: float) -> np.ndarray:
 
 def named_pairs(trainable_params: Iterable) -> list[tuple[str, torch.nn.Parameter]]:
     """Return (name, parameter) pairs of parameters, or of such pairs."""
-    return [pair if isinstance(pair, tuple) else (f"parameter {i}", pair) for i, pair in enumerate(trainable_params)]
+    pairs = [pair if isinstance(pair, tuple) else (f"parameter {i}", pair) for i, pair in enumerate(trainable_params)]
+    if not all(isinstance(parameter, torch.Tensor) for _, parameter in pairs):
+        raise ValueError("trainable_params must be parameters, or (name, parameter) pairs")
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("trainable_params has two parameters of the same name")
+    return pairs
 
 
 def zo_gradient_estimator(
@@ -2553,7 +2565,7 @@ def zo_step(
     and where the closure raises, the weights are as before (but on the grid of `Grid`).
     """
     tensors, state = trainable_tensors(named_pairs(trainable_params)), {} if state is None else state
-    values = {"q": q, "epsilon": epsilon, "learning_rate": learning_rate, "rank": rank}
+    values = {"q": q, "epsilon": epsilon, "learning_rate": learning_rate, "rank": rank, "seed": seed, "step": step}
     known = {name: family for name, family in DIRECTIONS.items() if not family.passes}
     check_call(tensors, values, {"direction": (direction, known), "optimizer": (optimizer, ("sgd", "adam"))})
     queries = Queries(known[direction](rank), seed, step, q, epsilon)
@@ -3376,8 +3388,11 @@ def content(source: Source, number: int, row: dict) -> str | Example:
     """Return the text of a row, or its example; raises UsageError, which names the row, where it has none."""
     named, columns = f"{source.flag} {source.name}", source.columns
     how = "--prompt_column, --completion_column" if source.examples else "--text_column"
-    if source.examples and isinstance(row.get(columns[1]), list):
-        return Example(number, messages=row[columns[1]])
+    if source.examples and isinstance(row.get(columns[1]), list) and isinstance(row.get(columns[0], []), list):
+        messages = row.get(columns[0], []) + row[columns[1]]
+        if all(isinstance(m, dict) and {str} == {type(m.get(key)) for key in ("role", "content")} for m in messages):
+            return Example(number, messages=messages)
+        raise UsageError(f"{named}: row {number}: messages must have a role and a content, both texts")
     for column in columns:
         if column not in row:
             how += "" if source.examples else " (or, for prompts with completions, --completion_column)"
@@ -3389,19 +3404,20 @@ def content(source: Source, number: int, row: dict) -> str | Example:
     return Example(number, *texts) if source.examples else texts[0]
 
 
-def rendered(example: Example, tokenizer: transformers.PreTrainedTokenizerFast) -> Example:
+def rendered(example: Example, source: Source, tokenizer: transformers.PreTrainedTokenizerFast) -> Example:
     """Return an example with chat messages made into its prompt and completion; raises UsageError where they can't."""
     if example.messages is None:
         return example
-    template = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    where, template = f"{source.flag} {source.name}: row {example.row}", tokenizer.apply_chat_template
+    if not tokenizer.chat_template:
+        raise UsageError(f"{where}: holds messages, and the tokenizer has no chat template; name one by --tokenizer")
     try:
-        prompt, whole = template(example.messages[:-1], add_generation_prompt=True), template(example.messages)
+        prompt = template(example.messages[:-1], tokenize=False, add_generation_prompt=True)
+        whole = template(example.messages, tokenize=False)
     except (ValueError, TypeError, LookupError, AttributeError, jinja2.TemplateError) as error:
-        raise UsageError(
-            f"row {example.row}: its messages do not fit the chat template: {first_line(error)}"
-        ) from error
+        raise UsageError(f"{where}: its messages do not fit the chat template: {first_line(error)}") from error
     if not whole.startswith(prompt):
-        raise UsageError(f"row {example.row}: the chat template does not put its last message behind the others")
+        raise UsageError(f"{where}: the chat template does not put its last message behind the others")
     return example._replace(prompt=prompt, completion=whole[len(prompt) :])
 
 
@@ -3570,8 +3586,9 @@ class Corpus:
 
     def _too_small(self, few: str) -> UsageError:
         path, found = Path(self.source.name), sum(self.about["documents"].values())
-        advice = f"raise {self.source.flag.replace('dataset', 'max_samples')}, or lower --block_size"
-        advice += " or --batch_size" * (self.config.batch_size > 1)
+        advice = f"raise {self.source.flag.replace('dataset', 'max_samples')}"
+        lower = ["--block_size"] * (not self.source.examples) + ["--batch_size"] * (self.config.batch_size > 1)
+        advice += f", or lower {' or '.join(lower)}" * bool(lower)
         if found < VALIDATION_SHARE and path.exists() and local_format(path) == "text":
             advice += f"; in a text file blank lines separate documents, and {found} was found"
         return UsageError(f"{self.source.flag} {self.source.name}: {few}; {advice}")
@@ -3586,8 +3603,11 @@ class Corpus:
 
     def unigram_loss(self) -> float:
         """Return the validation loss, in nats, of knowing only how frequent each token is (in training, plus one)."""
-        predicted = self.sequences("validation", self.validation_rows)[1][:, 1:].cpu().numpy()
-        counts = self.frequencies + 1.0
+        predicted, counts = self.sequences("validation", self.validation_rows)[1][:, 1:].cpu().numpy(), self.frequencies
+        if self.source.examples:  # of what is predicted, the completions
+            spans = [self.tokens["train"][answer:end] for answer, end, _ in self.index["train"]]
+            counts = np.bincount(np.concatenate(spans), minlength=len(counts))
+        counts = counts + 1.0
         return float(-np.log(counts / counts.sum())[predicted[predicted != IGNORE_INDEX]].mean())
 
     def bits_per_byte(self, loss: float) -> float:
@@ -3714,14 +3734,14 @@ def write_corpus(config: Config, source: Source, given, folder: Path) -> None:
     frequencies, empty = np.zeros(len(tokenizer), np.int64), itertools.count()
     texts = documents(source, lambda: next(empty))
     if source.examples:
-        texts = (rendered(example, tokenizer) for example in texts)
+        texts = (rendered(example, source, tokenizer) for example in texts)
     texts = tqdm.tqdm(texts, "tokenizing", unit=" documents", disable=not sys.stderr.isatty())
     with contextlib.ExitStack() as files:
         names = [f"{split}.{kind}" for split in ("train", "validation") for kind in ("bin", "index")]
         opened = {name: files.enter_context(open(folder / name, "wb")) for name in names}
         for (text, split, document), ids in encoded_pieces(tokenizer, texts):
-            ends = document is not None and getattr(document, "messages", None) is None  # a template has its own end
-            tokens, before = np.array([*ids, *[tokenizer.eos_token_id] * ends], dtype), counts["tokens"][split]
+            ends = [tokenizer.eos_token_id] * (document is not None)
+            tokens, before = np.array([*ids, *ends], dtype), counts["tokens"][split]
             tokens.tofile(opened[f"{split}.bin"])
             if source.examples and document is not None:
                 np.array([before, before + len(tokens), document.row]).tofile(opened[f"{split}.index"])
@@ -3918,11 +3938,12 @@ def parts_of(input_ids: torch.Tensor, labels: torch.Tensor) -> list[tuple[list[i
 
 
 class Accuracy(Objective):
-    """The negative share of examples whose own completion has a lower summed loss than any other of the options."""
+    """The negative share of examples whose own completion has a lower summed loss than each other of the options."""
 
     def __init__(self, model: torch.nn.Module, workers: Workers, compute_dtype, corpus: Corpus):
         super().__init__(model, workers, compute_dtype)
         self.options, self.corpus = corpus.options(), corpus
+        self.rows_each = len(self.options)
 
     def prepare(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return every example with each of its options, its own completion first."""
@@ -3933,7 +3954,7 @@ class Accuracy(Objective):
 
     def reduced(self, losses: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
         own, others = losses.sum(2).view(len(losses), -1, len(self.options)).split([1, len(self.options) - 1], 2)
-        return -(own < others).all(2).to(losses.dtype).mean(1)
+        return 0.0 * losses.sum((1, 2)) - (own < others).all(2).to(losses.dtype).mean(1)  # not finite if a loss isn't
 
 
 class Continuations(Objective):
@@ -3946,23 +3967,34 @@ class Continuations(Objective):
     def losses(self, input_ids: torch.Tensor, labels: torch.Tensor, *_) -> torch.Tensor:
         """Return the negative mean score of the rows [R, T], float64 [1]."""
         prompts, references = zip(*parts_of(input_ids, labels))
-        texts = [self.texts(tokens) for tokens in (prompts, self.continued(prompts), references)]
+        ends = {token for own in references for token in own} & set(self.corpus.tokenizer.all_special_ids)
+        texts = [self.texts(tokens) for tokens in (prompts, self.continued(prompts, ends), references)]
         return torch.tensor([-np.mean(self.score(*texts))], dtype=torch.float64)
 
     def texts(self, rows: Sequence[list[int]]) -> list[str]:
         """Return rows of tokens as texts, without special tokens and blanks around them."""
         return [text.strip() for text in self.corpus.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
-    def continued(self, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """Return the tokens that follow each prompt, the likeliest one by one, to an end of text or max_new_tokens."""
+    def fixed_blocks(self) -> int:
+        return 0  # a continuation grows: what its prompt gives is not all
+
+    def tokens(self, input_ids: torch.Tensor, labels: torch.Tensor) -> int:
+        return input_ids.numel() + len(input_ids) * self.corpus.config.max_new_tokens
+
+    def continued(self, prompts: Sequence[list[int]], ends: set[int]) -> list[list[int]]:
+        """Return the tokens that follow each prompt, the likeliest one by one, to one of `ends` or max_new_tokens."""
         end, width = self.corpus.tokenizer.eos_token_id, max(1, *map(len, prompts))
         ids = torch.tensor([[end] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        how = {"max_new_tokens": self.corpus.config.max_new_tokens, "eos_token_id": end, "pad_token_id": end}
-        greedy = transformers.GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, **how)
-        with torch.no_grad(), self.quiet():
-            given = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
-            return self.model.generate(**given, generation_config=greedy)[:, width:].tolist()
+        how = {"max_new_tokens": self.corpus.config.max_new_tokens, "pad_token_id": end}
+        greedy = transformers.GenerationConfig(do_sample=False, eos_token_id=sorted({end, *ends}), **how)
+        given = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        own, self.model.generation_config = self.model.generation_config, greedy  # whose other wishes would be heeded
+        try:
+            with torch.no_grad(), self.quiet():
+                return self.model.generate(**given)[:, width:].tolist()
+        finally:
+            self.model.generation_config = own
 
 
 def words_of(text: str) -> list[str]:
@@ -3989,22 +4021,24 @@ def score_of_file(name: str) -> Callable:
     """Return the function that FILE.py:FUNCTION names; its errors are UsageError, as is what is no list of numbers."""
     path, _, function = name.rpartition(":")
 
-    def mistaken(error: Exception) -> UsageError:
-        line = traceback.extract_tb(error.__traceback__)[-1].lineno
-        return UsageError(f"{name}: {type(error).__name__}: {first_line(error)} (line {line})")
+    def mistaken(error: BaseException) -> UsageError:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f" (line {lines[-1]})" if lines else ""
+        return UsageError(f"{name}: {type(error).__name__}: {first_line(error)}{where}")
 
     spec = importlib.util.spec_from_file_location("score_of_file", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        call = getattr(module, function)
-    except Exception as error:  # anything may be wrong with a file of the user's
+    except (Exception, SystemExit) as error:  # anything may be wrong with a file of the user's
         raise mistaken(error) from error
+    if not callable(call := getattr(module, function, None)):
+        raise UsageError(f"{name}: the file has no function of that name")
 
     def score(*texts: list[str]) -> list[float]:
         try:
             values = [float(value) for value in call(*texts)]
-        except Exception as error:  # the same
+        except (Exception, SystemExit) as error:  # the same
             raise mistaken(error) from error
         if len(values) != len(texts[0]) or not all(map(math.isfinite, values)):
             raise UsageError(
@@ -4343,14 +4377,19 @@ def peak_memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def rank_of(row: dict[str, str]) -> float:
-    """Return what is lower the better a row of metrics.csv is: the negative score, or the validation loss."""
-    return -float(row["val_score"]) if row["val_score"] else float(row["val_loss"])
+def rank_of(row: dict[str, str]) -> tuple[float, float]:
+    """Return what is lower the better a row of metrics.csv is: the negative score, if it has one, and then the loss."""
+    return -float(row["val_score"] or 0), float(row["val_loss"])
 
 
 def best_of(rows: list[dict[str, str]]) -> dict[str, str] | None:
-    """Return the best row of metrics.csv, by its score or else its validation loss, if any has one."""
+    """Return the best row of metrics.csv, by its score and then its validation loss, if any has one."""
     return min((row for row in rows if row["val_loss"]), key=rank_of, default=None)
+
+
+def lowest(rows: list[dict[str, str]]) -> dict[str, str] | None:
+    """Return the row of metrics.csv with the lowest validation loss, if any has one."""
+    return min((row for row in rows if row["val_loss"]), key=lambda row: float(row["val_loss"]), default=None)
 
 
 @contextlib.contextmanager
@@ -4447,16 +4486,21 @@ class Compared:
 
     def __init__(self, path: Path):
         self.path, self.rows = path, read_metrics(path / "metrics.csv")
-        self.validated, self.best = [row for row in self.rows if row["val_loss"]], best_of(self.rows)
-        self.loss, self.rank = (float(self.best["val_loss"]), rank_of(self.best)) if self.best else (math.inf,) * 2
+        self.validated, self.best = [row for row in self.rows if row["val_loss"]], lowest(self.rows)
+        self.loss = float(self.best["val_loss"]) if self.best else math.inf
         facts = read_json(path / "corpus.json") if (path / "corpus.json").is_file() else {}
         self.tokenizer, self.unigram = facts.get("tokens_folder"), facts.get("unigram_loss")
         flags = read_json(path / "config.json").get("flags")
         flags = {name: v for name, v in flags.items() if name in FIELDS} if isinstance(flags, dict) else {}
         config, about = Config(**flags), {name: FIELDS[name].metadata for name in flags}
+        self.metric = config.eval_metric
         shaping = [name for name in flags if not {"free", "action"} & about[name].keys()]
         needs = {name: NEEDS.get(about[name].get("needs"), (bool,))[0] for name in shaping}
         self.flags = {name: str(flags[name]) for name in shaping if needs[name](config)}  # which have an effect
+
+    def scores(self) -> list[float]:
+        """Return its validation scores."""
+        return [float(row["val_score"]) for row in self.validated if row["val_score"]]
 
     def cells(self) -> dict[str, str]:
         """Return what the table says of it."""
@@ -4470,7 +4514,7 @@ class Compared:
             "step": last["step"],
             "best val_loss": f"{self.loss:.4f} at {self.best['step']}",
             "last": f"{float(self.validated[-1]['val_loss']):.4f}",
-            "best score": f"{float(score):.4f}" if (score := self.best["val_score"]) else "",
+            "best score": f"{max(scores):.4f}" if (scores := self.scores()) else "",
             "bits/byte": f"{float(bits):.4f}" if bits else "",
             "forward tokens": short(tokens),
             "tok/s": short(tokens / seconds) if seconds else "",
@@ -4480,9 +4524,10 @@ class Compared:
 
 
 def compare(config: Config) -> int:
-    """Print the table of --compare, the best first, with the flags that runs differ in, and draw the picture."""
+    """Print the table of --compare, the best first (by score, if all have the same one), and draw the picture."""
     found = [Compared(path) for named in config.compare for path in run_directories(named)]
-    found.sort(key=lambda run: run.rank)
+    same = len({run.metric for run in found}) == 1 and all(run.scores() for run in found)
+    found.sort(key=lambda run: (-max(run.scores()) if same else 0.0, run.loss))
     differing = [name for name in FIELDS if len({run.flags.get(name) for run in found}) > 1]
     flags = [{name: run.flags.get(name, "") for name in differing} for run in found]
     rows = [run.cells() | own for run, own in zip(found, flags)]
@@ -4689,10 +4734,10 @@ class Job:
     trainer: Trainer | None = None  # of the phase entered
 
     def __post_init__(self):
-        longest, device = self.corpus.longest, self.objective.device
         self.measured = scored(self.objective, self.corpus, self.config.objective)
         same = self.config.eval_metric == self.config.objective
         self.metric = self.measured if same else scored(self.objective, self.corpus, self.config.eval_metric)
+        longest, device = self.corpus.longest * self.measured.rows_each, self.objective.device
         self.group = query_group(self.config, self.model.config, longest, device)
         self.phases = plan(self.config, len(decoder_blocks(self.model)), self.corpus.blocks // self.config.batch_size)
         self.total = min(self.config.max_steps or self.phases[-1].end, self.phases[-1].end)
@@ -4721,9 +4766,10 @@ class Job:
         if known is None:
             self.journal.append(record)
         self.trainer.apply(record)
-        tokens = self.corpus.batch(self.done)[0].numel()
-        self.forward_tokens += round(self.trainer.rule(self.done).passes * tokens)
-        self.data_tokens += tokens
+        rule = self.trainer.rule(self.done)
+        ids, labels = (self.bp_corpus if rule is self.trainer.backpropagation else self.corpus).batch(self.done)
+        self.forward_tokens += round(rule.passes * self.measured.tokens(ids, labels))
+        self.data_tokens += ids.numel()
         self.done += 1
         return record, known is None
 
@@ -4806,6 +4852,8 @@ def model_card(job: Job, row: dict[str, str]) -> str:
         "tokens through forward passes": f"{int(row['forward_tokens']):,}",
         "validation loss, first to last": f"{first:.4f} to {float(row['val_loss']):.4f}",
     }
+    if row["val_score"]:
+        facts[f"validation {config.eval_metric}"] = row["val_score"]
     changed = config.changed("epochs", "max_steps")
     words = " ".join(f"--{name}" + f" {value}" * (value is not True) for name, value in changed.items()) or "none"
     lines = ["---", *metadata, "---", "", f"# {job.run.path.name}", "", "Trained by reproduce_zo_paper.py.", ""]
@@ -4821,7 +4869,7 @@ class Account:
     def __init__(self, job: Job):
         self.job, self.run, self.config, rows = job, job.run, job.config, job.run.rows
         self.there = {int(row["step"]) for row in rows}
-        self.best = rank_of(best) if (best := best_of(rows)) else math.inf
+        self.best = rank_of(best) if (best := best_of(rows)) else (math.inf, math.inf)
         self.below = min((float(row["val_loss"]) for row in rows if row["val_loss"]), default=math.inf) < job.unigram
         self.ends = {job.total, *(phase.end for phase in job.phases)}
         self.trackers = Trackers(self.run)
@@ -4860,20 +4908,22 @@ class Account:
             facts |= {"val_loss": f"{loss:.6f}", "val_bits_per_byte": f"{job.corpus.bits_per_byte(loss):.6f}"}
             score = None if job.metric is job.objective else validation_score(job.metric, job.corpus)
             facts |= {} if score is None else {"val_score": f"{score:.6f}"}
-            self._validated(loss, loss if score is None else -score)
         facts |= {
             "forward_tokens": job.forward_tokens,
             "seconds": f"{self.before + time.perf_counter() - self.began:.3f}",
         }
         facts["peak_memory_mib"] = f"{peak_memory_mib(job.objective.device):.0f}"
         row = {name: str(facts.get(name, "")) for name in METRICS}
+        if validated:
+            self._validated(row)
         self.run.add_row(row)
         self.trackers.row(row)
         self.there.add(done)
         return row
 
-    def _validated(self, loss: float, rank: float) -> None:
-        done = self.job.done
+    def _validated(self, row: dict[str, str]) -> None:
+        """Keep the best, by the numbers as they are written, so that a resumed run decides alike."""
+        done, loss, rank = self.job.done, float(row["val_loss"]), rank_of(row)
         if not self.below and loss < self.job.unigram and self.config.init_from is None:
             log.info(f"step {done}: validation loss {loss:.4f}, below the unigram loss for the first time")
             self.below = True
@@ -4935,10 +4985,11 @@ class Account:
         if config.prompt is not None:
             self.sample()
         row, best = next(row for row in run.rows if int(row["step"]) == done), best_of(run.rows)
+        low = lowest(run.rows)
         first = next(float(each["val_loss"]) for each in run.rows if each["val_loss"])
-        least, last = float(best["val_loss"]), float(row["val_loss"])
+        least, last = float(low["val_loss"]), float(row["val_loss"])
         log.info(
-            f"validation loss {first:.4f} at the start; best {least:.4f} at step {best['step']} (perplexity "
+            f"validation loss {first:.4f} at the start; best {least:.4f} at step {low['step']} (perplexity "
             f"{math.exp(min(least, 700)):.1f}); last {last:.4f} (perplexity {math.exp(min(last, 700)):.1f}, "
             f"{row['val_bits_per_byte']} bits a byte)"
         )
@@ -4980,6 +5031,8 @@ def prepared(config: Config, run: RunDirectory | None, ranks: Ranks) -> Iterator
         if run is not None:
             facts = {"tokens_folder": corpus.folder.name, **corpus.about, "unigram_loss": unigram}
             facts |= {"bp_tokens_folder": bp_corpus.folder.name} if config.bp_dataset else {}
+            names = {name for name in (config.objective, config.eval_metric) if name not in (None, "loss", *SCORES)}
+            facts |= {name: file_digest(Path(name.rpartition(":")[0])) for name in sorted(names)}
             facts |= {"weights": weights_digest(model)} if config.init_from else {}  # which a replay begins with
             run.pin("corpus.json", facts)
         model = model.to(workers.device)

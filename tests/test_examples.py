@@ -126,7 +126,7 @@ def test_the_last_message_of_a_chat_is_predicted_by_the_template(runs, tmp_path,
     flags = {"dataset": file, "completion_column": "messages", "block_size": 128, "max_samples": 1000}
     flags["tokenizer"] = tmp_path / "tokenizer"
     tokenizer.save_pretrained(flags["tokenizer"])
-    assert "messages do not fit the chat template" in failure(runs.code, **flags)[1]
+    assert "the tokenizer has no chat template" in failure(runs.code, **flags)[1]
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(flags["tokenizer"])
     found = corpus(runs, **flags)
@@ -135,7 +135,7 @@ def test_the_last_message_of_a_chat_is_predicted_by_the_template(runs, tmp_path,
         user, answer = chats[found.index["train"][at, 2] - 1]
         begin = int((labels >= 0).nonzero()[0])
         assert found.tokenizer.decode(ids[:begin]) == f"<user>{user['content']}</s>\n<assistant>"
-        assert found.tokenizer.decode(ids[begin:]) == f"{answer['content']}</s>\n"
+        assert found.tokenizer.decode(ids[begin:]) == f"{answer['content']}</s>\n{zo.END_OF_TEXT}"
 
 
 KINDS = {
