@@ -1,7 +1,7 @@
 """The tables and pictures of RESULTS.md and docs/benchmarks.md.
 
     python experiments/report.py runs logs/tiny docs/results.png     groups of runs that differ in their seed alone
-    python experiments/report.py runs logs/paper docs/paper.png 'layer_(q|control|sgd_0.3)'    those whose names match
+    python experiments/report.py runs logs/paper docs/paper.png 'layer_(q8|control|sgd_0.3)'    whose names match
     python experiments/report.py machines 1B                         a step on 64 machines, from pieces measured here
 
 A run's name without its date and seed is its group; the tables give the mean over seeds (least to largest).
