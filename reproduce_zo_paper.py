@@ -238,6 +238,7 @@ MODES = {
 OPTIMIZERS = ("sgd", "adam", "mudamw")
 # By the error of c over epsilon (docs/benchmarks.md): rounding (1/epsilon) against bias (epsilon^2).
 EPSILON = {"float32": 1e-3, "bfloat16": 3e-3}
+EPSILON_SCORES = 1e-2  # scores are flat: of 12 queries of SmolLM2-135M on 8 rows 2, 8, 10 differ at 1e-3, 3e-3, 1e-2
 
 
 def flag(group: str, default, help: str, **about) -> dataclasses.Field:
@@ -301,7 +302,8 @@ class Config:
         "the output layer. 0: none, for --direction feedback, --head closed_form, and backpropagations alone",
         least=0, most=2**20, needs="queries", shown="8; with feedback 0, 1 with --carry stream or branch")
     epsilon: float = ZO(None, "how far a query moves the weights, in units of z; with feedback the embedding's output, "
-        "by its root mean square", above=0, needs="measured", shown="0.001; 0.003 with bfloat16; 0.1 with feedback")
+        "by its root mean square", above=0, needs="measured",
+        shown="0.001; 0.003 with bfloat16; 0.01 for a score; 0.1 with feedback")
     direction: str = ZO(None, "gaussian: standard ZO, the paper's. rademacher: +-1. lowrank: A B^T on matrices, "
         "fastest batched. kronecker: A (x) B on matrices, of full rank. aligned: A Q^T, Q the leading directions of a "
         "layer's inputs. feedback: feedback alignment, the error at the output carried to every block; queries learn "
@@ -393,7 +395,8 @@ class Config:
         direction = self.direction or mode.defaults.get("direction", "gaussian")
         carry = self.carry or ("stream" if self.query_budget_q else "block")
         own = FAMILIES[direction].defaults(carry) if mode.queries and direction in FAMILIES else {}
-        plain = {"query_budget_q": 8, "epsilon": EPSILON.get(self.dtype, 1e-3), "max_decrease": 0.0, "carry": carry}
+        epsilon = EPSILON.get(self.dtype, 1e-3) if self.objective == "loss" else EPSILON_SCORES
+        plain = {"query_budget_q": 8, "epsilon": epsilon, "max_decrease": 0.0, "carry": carry}
         plain |= {"optimizer": "sgd", "learning_rate": 1e-3, "clip_grad_norm": 0.0 if self.layerwise else 1.0}
         vanilla = {"optimizer": "sgd"} if self.layerwise and not own.get("optimizer") else {}  # as the paper has it
         defaults = plain | own | mode.defaults | vanilla | {"direction": direction}

@@ -213,6 +213,12 @@ def test_what_has_no_gradient_is_refused_where_one_is_needed(runs, flags, errors
     assert (code, "a choice between 2 to 100 completions, and 200 occur" in lines[-1]) == (2, True)
 
 
+def test_queries_on_a_score_reach_farther():
+    assert [zo.Config(objective=name).epsilon for name in ("loss", "accuracy", "f1")] == [1e-3, 1e-2, 1e-2]
+    assert zo.Config(objective="accuracy").eval_metric == "accuracy"
+    assert zo.Config(objective="f1", epsilon=0.5).epsilon == 0.5
+
+
 def test_accuracy_can_be_learned_from_queries_alone(runs, flags, tmp_path):
     """Two words, one after each of two prompts: what is chosen at random at first is right at the end."""
     file = write(
