@@ -234,9 +234,7 @@ def speed_table(size: str, q: int, repetitions: int, dtype: torch.dtype, rows: i
 
 
 def stages_table(size: str, q: int, repetitions: int, rows: int, tokens: int) -> list[dict]:
-    """A step of each stage of --scope layerwise, update included, where what the fixed blocks make of the batch is
-    computed once, over the same with whole passes.
-    """
+    """A step of each stage of --scope layerwise, what fixed blocks make of it computed once, over whole passes."""
     table, names = [], (IN_PLACE, "batched by 4, lowrank r=1")
     with Bench(sized_model(size), rows, tokens) as b:
 
@@ -773,13 +771,14 @@ def test_memory_targets_at_20m(name):
 
 def test_the_program_writes_what_it_prints(tmp_path, capsys):
     flags = "--only speed --speed_size tiny --queries 2 --repetitions 1 --rows 1 --tokens 8 --profile --json"
-    assert main([*flags.split(), str(tmp_path / "tables.json")]) == 0
+    with mock.patch.dict(zo.MODEL_SIZES, tiny=zo.Size(32, 2, 2, 64)):
+        assert main([*flags.split(), str(tmp_path / "tables.json")]) == 0
     written, said = json.loads((tmp_path / "tables.json").read_text()), capsys.readouterr().out
     assert written["machine"]["torch"] == torch.__version__
     rows = [row for row in written["speed"] if row["dtype"] == "float32"]
     assert [row["step"] for row in rows[:3]] == [FORWARD, TEXTBOOK, IN_PLACE]
     assert len(rows) == 15
-    assert [row["block"] for row in written["stages"]] == [0, 1, 2, 3, "mean"]
+    assert [row["block"] for row in written["stages"]] == [0, 1, "mean"]
     assert all(row["seconds"] > 0 and row["passes"] > 0 and row["step"] in said for row in rows)
     assert {row["step"] for row in written["profile"]} == {row["step"] for row in rows if "feedback" not in row["step"]}
 

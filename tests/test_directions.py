@@ -99,7 +99,7 @@ def test_estimates_are_as_long_as_theory_says():
     """E||<G, z> z||^2 / ||G||^2 on one matrix of m x n: gaussian d + 2, low rank (m + 2) (n + 2) for rank 1, and
     Kronecker (m1 n1 + 2) (m2 n2 + 2).
     """
-    (tensor,), n = tensors_of((16, 9)), 20_000
+    (tensor,), n = tensors_of((16, 9)), 8000
     gradient = torch.randn(16 * 9, generator=torch.Generator().manual_seed(3))
     m1, n1 = zo.Kronecker().direction(tensor, zo.Coordinates(0, 0, 0)).left.shape
     assert 16 % m1 == 0  # no row is left out
@@ -109,7 +109,7 @@ def test_estimates_are_as_long_as_theory_says():
         z = torch.stack([whole(family, tensor, query=query).flatten() for query in range(n)])
         found = (z @ gradient).square() * z.square().sum(1) / gradient.square().sum()
         assert abs(found.mean().item() - square) < 5 * found.std().item() / math.sqrt(n)
-        assert found.std().item() / math.sqrt(n) < 0.04 * square
+        assert found.std().item() / math.sqrt(n) < 0.06 * square
 
 
 def test_aligned_lives_where_the_inputs_live(workers):
