@@ -207,9 +207,7 @@ class Size(NamedTuple):
 MODEL_SIZES = {
     "tiny": Size(160, 4, 5, 448, "bpe:4096"),  # about 2M with its own tokenizer
     "20M": Size(256, 8, 8, 768),
-    "20M-paper": Size(
-        320, 8, 5, 864, "bpe:32000"
-    ),  # after the paper's: half is the embedding, if the text has so many tokens
+    "20M-paper": Size(320, 8, 5, 864, "bpe:32000"),  # half is the embedding, if the text has so many tokens
     "200M": Size(1024, 12, 16, 2688),
     "500M": Size(1280, 22, 20, 3456),
     "1B": Size(2048, 18, 16, 5504),
@@ -1319,10 +1317,8 @@ class Objective:
         self.blocks, self.device = decoder_blocks(model), workers.device
         self.compute_dtype = None if compute_dtype == torch.float32 else compute_dtype
         self.scale = 1 if self.device.type == "cpu" else TILE_SCALE_ACCELERATOR
-        self.head, self._beside = (
-            model.get_output_embeddings(),
-            None,
-        )  # None for each thing that blocks return beside it
+        self.head = model.get_output_embeddings()
+        self._beside = None  # a None for each thing that blocks return beside their output; None where they do not
         self.sliced = loss_fn is None and self._head_is_plain()
 
     def _head_is_plain(self) -> bool:

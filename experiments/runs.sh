@@ -78,12 +78,12 @@ for seed in ${SEEDS:-0 1 2}; do
             run "zo_layer_control_$seed" --query_budget_q 1 --stage_learning_rates 1,1e-12 $layers # blocks stay as they begin
             for rate in 1e-4 3e-4 1e-3 3e-3; do run "zo_layer_q1_${rate}_$seed" --query_budget_q 1 --stage_learning_rates "1,$rate" $layers; done
             for rate in 3e-4 1e-3 3e-3 1e-2; do run "zo_layer_q8_${rate}_$seed" --stage_learning_rates "1,$rate" $layers; done
-            for rate in 1e-3 3e-3; do run "zo_layer_q32_${rate}_$seed" --query_budget_q 32 --stage_learning_rates "1,$rate" $layers; done
+            for rate in 1e-3 3e-3 1e-2; do run "zo_layer_q32_${rate}_$seed" --query_budget_q 32 --stage_learning_rates "1,$rate" $layers; done
             for rate in 1e-3 3e-3; do run "zo_reduced_q8_${rate}_$seed" --scope reduced --learning_rate "$rate" --epochs 6 $every; done
             run "zo_full_q8_3e-3_$seed" --learning_rate 3e-3 --epochs 6 $every
             large="--model_size 20M-paper --max_samples 4000 --eval_samples 24 --eval_interval 20 --stage_steps 60,20"
-            run "20M_fo_layer_sgd_0.3_$seed" --scope layerwise --mode FO --seed "$seed" $large --stage_learning_rates 1,0.3
-            run "20M_zo_layer_q8_1e-3_$seed" --scope layerwise --seed "$seed" $large --stage_learning_rates 1,1e-3
+            run "20M_fo_layer_sgd_0.3_$seed" --scope layerwise --mode FO --seed "$seed" $large --stage_learning_rates 0.3,0.3
+            run "20M_zo_layer_q8_1e-3_$seed" --scope layerwise --seed "$seed" $large --stage_learning_rates 0.3,1e-3 --parallel_q_computation
             ;;
     esac
 done
