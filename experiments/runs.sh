@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The runs of RESULTS.md: `experiments/runs.sh tiny|20M|instruct|other|paper` makes a group of them, one after the other, in logs/GROUP
+# The runs of RESULTS.md: `experiments/runs.sh tiny|20M|instruct|other|paper|tasks` makes a group of them, one after the other, in logs/GROUP
 # (LOG_DIR/GROUP). A run that is there is left alone. ONLY=PATTERN limits them to names that match, SEEDS="0 1" the seeds, THREADS=1 is
 # for two of these side by side. The tables and the picture: python experiments/report.py runs logs/GROUP docs/PICTURE.png
 set -euo pipefail
 cd "$(dirname "$0")/.."
-group=${1:?tiny, 20M, instruct, other or paper}
+group=${1:?tiny, 20M, instruct, other, paper or tasks}
 logs=${LOG_DIR:-logs}/$group
 
 run() { # NAME FLAGS...
@@ -84,6 +84,25 @@ for seed in ${SEEDS:-0 1 2}; do
             large="--model_size 20M-paper --max_samples 4000 --eval_samples 24 --eval_interval 20 --stage_steps 60,20"
             run "20M_fo_layer_sgd_0.3_$seed" --scope layerwise --mode FO --seed "$seed" $large --stage_learning_rates 0.3,0.3
             run "20M_zo_layer_q8_1e-3_$seed" --scope layerwise --seed "$seed" $large --stage_learning_rates 0.3,1e-3 --parallel_q_computation
+            ;;
+        tasks) # models/SmolLM2-135M: experiments/smollm2.py; LOGS/sentiment.jsonl: experiments/sentiment.py
+            every="--init_from models/SmolLM2-135M --dataset $logs/sentiment.jsonl --completion_column completion --without_eos --seed $seed"
+            every="$every --eval_metric accuracy --block_size 96 --batch_size 16 --dtype bfloat16 --eval_samples 458"
+            eight="--query_budget_q 8 --parallel_q_computation --max_steps 50 --eval_interval 25 $every"
+            run "lowrank_q8_1e-4_$seed" --direction lowrank --learning_rate 1e-4 $eight
+            run "mezo_q1_1e-5_$seed" --query_budget_q 1 --parallel_q_computation --learning_rate 1e-5 --max_steps 400 --eval_interval 200 $every
+            run "fo_1e-5_$seed" --mode FO --learning_rate 1e-5 --max_steps 100 --eval_interval 25 $every
+            run "lora_adam_1e-3_$seed" --scope lora:8 --optimizer adam --learning_rate 1e-3 $eight
+            run "feedback_1e-4_$seed" --direction feedback --learning_rate 1e-4 --max_steps 100 --eval_interval 25 $every
+            run "lowrank_accuracy_1e-3_$seed" --direction lowrank --objective accuracy --learning_rate 1e-3 $eight
+            run "aligned_1e-2_$seed" --direction aligned --learning_rate 1e-2 $eight
+            run "lowrank_q8_3e-4_$seed" --direction lowrank --learning_rate 3e-4 $eight
+            run "gaussian_q8_1e-4_$seed" --learning_rate 1e-4 $eight
+            run "mezo_q1_3e-6_$seed" --query_budget_q 1 --parallel_q_computation --learning_rate 3e-6 --max_steps 400 --eval_interval 200 $every
+            run "fo_3e-5_$seed" --mode FO --learning_rate 3e-5 --max_steps 100 --eval_interval 25 $every
+            run "lora_adam_3e-3_$seed" --scope lora:8 --optimizer adam --learning_rate 3e-3 $eight
+            run "feedback_3e-5_$seed" --direction feedback --learning_rate 3e-5 --max_steps 100 --eval_interval 25 $every
+            run "lowrank_accuracy_3e-4_$seed" --direction lowrank --objective accuracy --learning_rate 3e-4 $eight
             ;;
     esac
 done

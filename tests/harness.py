@@ -146,13 +146,13 @@ def differences(one: Path, other: Path) -> list[str]:
     ours, theirs = last_checkpoint(one), last_checkpoint(other)
     if ours.name != theirs.name:
         found.append(f"{ours.name} and {theirs.name}")
-    names = ("model.safetensors", "optimizer.safetensors")
+    names = sorted({path.name for folder in (ours, theirs) for path in folder.glob("*.safetensors")})
     return found + [name for name in names if (ours / name).read_bytes() != (theirs / name).read_bytes()]
 
 
 def same_weights(one: Path, other: Path) -> bool:
     """Whether the last checkpoints of two runs have the same weights and optimizer state."""
-    return not {"model.safetensors", "optimizer.safetensors"} & set(differences(one, other))
+    return not any(name.endswith(".safetensors") for name in differences(one, other))
 
 
 def steps_of(run: Path) -> list[str]:

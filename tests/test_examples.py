@@ -53,7 +53,7 @@ def test_completions_are_predicted_and_nothing_else(runs, flags):
             assert ids[-1] == found.tokenizer.eos_token_id
             parts = found.tokenizer.decode(ids[:begin]), found.tokenizer.decode(ids[begin:-1])
             texts[parts] = split
-            assert rows()[found.index[split][at, 2] - 1] == dict(zip(("question", "answer"), parts))
+            assert rows()[found.index[split][at, 3] - 1] == dict(zip(("question", "answer"), parts))
     assert set(texts) == {(row["question"], row["answer"]) for row in rows()}
     assert texts == {parts: "validation" if zo.is_validation("\0".join(parts)) else "train" for parts in texts}
     assert found.about["documents"] == {split: len(found.index[split]) for split in ("train", "validation")}
@@ -97,20 +97,19 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_completion_is_refused_with
     runs, flags, failure, tmp_path
 ):
     whole = corpus(runs, **flags)
-    size = max(int(np.diff(index)[:, 0].max()) for index in whole.index.values()) + 1
+    size = max(int(np.diff(index)[:, 1].max()) for index in whole.index.values()) + 1
     short = corpus(runs, **flags | {"block_size": size})
     assert short.longest == size < whole.longest <= 64
     for at in range(len(whole.index["train"])):
         (long_ids, long_labels), (ids, labels) = (c.sequences("train", np.array([at])) for c in (whole, short))
         assert torch.equal(ids, long_ids[:, -size:])
         assert torch.equal(labels, long_labels[:, -size:])
-    (start, end, row) = max(((*map(int, line),) for line in whole.index["train"]), key=lambda line: line[1] - line[0])
+    start, end = max((line[1:3].tolist() for line in whole.index["train"]), key=lambda line: line[1] - line[0])
     code, line = failure(runs.code, **flags | {"block_size": end - start})
     assert code == 2
     assert "the completion in row" in line
-    numbers = [int(each[2]) for index in whole.index.values() for each in index if each[1] - each[0] >= end - start]
+    numbers = [int(each[3]) for index in whole.index.values() for each in index if each[2] - each[1] >= end - start]
     assert f"row {numbers[0]} has {end - start} tokens, too many for --block_size {end - start}" in line
-    assert row in numbers
 
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
@@ -132,7 +131,7 @@ def test_the_last_message_of_a_chat_is_predicted_by_the_template(runs, tmp_path,
     found = corpus(runs, **flags)
     for at in range(20):
         (ids,), (labels,) = found.sequences("train", np.array([at]))
-        user, answer = chats[found.index["train"][at, 2] - 1]
+        user, answer = chats[found.index["train"][at, 3] - 1]
         begin = int((labels >= 0).nonzero()[0])
         assert found.tokenizer.decode(ids[:begin]) == f"<user>{user['content']}</s>\n<assistant>"
         assert found.tokenizer.decode(ids[begin:]) == f"{answer['content']}</s>\n{zo.END_OF_TEXT}"
@@ -194,3 +193,82 @@ def test_odd_files_and_flags_are_refused_in_a_line(runs, flags, failure, errors,
     blank = [*rows(), {"question": "nothing to say", "answer": " "}, {"question": None, "answer": "all by itself"}]
     found = corpus(runs, **flags | {"dataset": write(tmp_path / "blank.jsonl", blank)})
     assert sum(found.about["documents"].values()) == len(blank) - 1
+
+
+def choices(count: int = 160) -> list[dict]:
+    """Each row has two to four options of its own, of many lengths; the second is the answer."""
+    options = [[f" {ADJECTIVES[(n + at) % 7]} {n}" for at in range(2 + n % 3)] for n in range(count)]
+    return [{"question": f"{n}:", "answer": own[1], "choices": own} for n, own in enumerate(options)]
+
+
+def test_every_example_is_shown_with_its_own_options_first_its_completion(runs, tmp_path):
+    file = write(tmp_path / "choices.jsonl", choices())
+    flags = COLUMNS | {"dataset": file, "block_size": 64, "max_samples": 1000, "eval_metric": "accuracy"}
+    found = corpus(runs, **flags, options_column="choices")
+    assert found.most_options == 4
+    for split in ("train", "validation"):
+        for at in range(len(found.index[split])):
+            row = choices()[found.index[split][at, 3] - 1]
+            (plain,), _ = found.sequences(split, np.array([at]))
+            ids, labels = found.choices(split, np.array([at]))
+            assert len(ids) == 4
+            parts = []
+            for own, label in zip(ids, labels):
+                begin, end = int((label >= 0).nonzero()[0]), int((label >= 0).nonzero()[-1]) + 1
+                assert own[end - 1] == found.tokenizer.eos_token_id
+                parts.append(tuple(map(found.tokenizer.decode, (own[:begin], own[begin : end - 1]))))
+            assert {prompt for prompt, _ in parts} == {row["question"]}
+            assert parts[0][1] == row["answer"]
+            assert {option for _, option in parts} == set(row["choices"])
+            assert torch.equal(ids[0][: len(plain)], plain)
+    assert found.longest >= max(found.choices("train", np.array([at]))[0].shape[1] for at in range(found.blocks))
+    # what is trained on and counted is the same without options
+    plain = corpus(runs, **flags | {"eval_metric": "f1"})
+    assert plain.about["predicted"] == found.about["predicted"]
+    assert plain.about["bytes"] == found.about["bytes"]
+    assert all(torch.equal(*pair) for pair in zip(plain.batch(3), found.batch(3)))
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        ({"choices": [" a"]}, "row 7: no list of two or more texts in the column 'choices'"),
+        ({"choices": None}, "row 7: no list of two or more texts"),
+        ({"choices": [" a", 3]}, "row 7: no list of two or more texts"),
+        ({"choices": [" a", " b"]}, "row 7: the completion ' small 6' is none of its options"),
+        ({"choices": [" small 6", " large" * 60]}, "the option in row 7 has 61 tokens, too many for --block_size 32"),
+    ],
+    ids=["one", "none", "number", "other", "long"],
+)
+def test_options_that_can_not_be_used_name_their_row(runs, tmp_path, failure, broken, says):
+    content = choices()
+    content[6] |= broken
+    flags = COLUMNS | {"dataset": write(tmp_path / "choices.jsonl", content), "block_size": 32, "max_samples": 1000}
+    code, line = failure(runs.code, **flags, options_column="choices", eval_metric="accuracy")
+    assert code == 2
+    if "has 61 tokens" in says:
+        assert "the option in row 7 has" in line
+    else:
+        assert says in line
+
+
+def test_options_of_chats_go_through_the_template(runs, tmp_path):
+    user, said = {"role": "user", "content": "which?"}, [" left", " right"]
+    content = [{"messages": [user, {"role": "assistant", "content": said[n % 2]}], "choices": said} for n in range(160)]
+    tokenizer = zo.wrapped_tokenizer(zo.trained_tokenizer(["which? left right"], 300))
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    flags = {"dataset": write(tmp_path / "chats.jsonl", content), "completion_column": "messages", "block_size": 128}
+    flags |= {"tokenizer": tmp_path / "tokenizer", "max_samples": 1000, "eval_metric": "accuracy"}
+    labels = corpus(runs, **flags, options_column="choices").choices("train", np.array([0]))[1]
+    texts = [tokenizer.decode(label[label >= 0]) for label in labels]
+    assert sorted(texts) == [f"{text}</s>\n{zo.END_OF_TEXT}" for text in said]
+
+
+def test_a_completion_may_go_without_an_end_of_text(runs, flags):
+    with_end, without = corpus(runs, **flags), corpus(runs, **flags, without_eos=True)
+    for at in range(20):
+        (ids, labels), (own, own_labels) = (each.sequences("train", np.array([at])) for each in (with_end, without))
+        assert torch.equal(ids[:, :-1], own)
+        assert torch.equal(labels[:, :-1], own_labels)
+    assert with_end.about["predicted"]["train"] - without.about["predicted"]["train"] == with_end.blocks

@@ -7,7 +7,7 @@ import harness
 import numpy as np
 import pytest
 import torch
-from test_examples import COLUMNS, corpus, write
+from test_examples import COLUMNS, choices, corpus, write
 
 import reproduce_zo_paper as zo
 
@@ -37,24 +37,23 @@ def test_accuracy_is_the_choice_of_lowest_summed_loss(runs, flags, workers):
     """By hand: each prompt with each of the words, one at a time."""
     case = Case(runs, workers, **flags)
     metric, chosen = case.scored("accuracy"), []
-    assert len(metric.options) == 3
-    ids, labels = case.corpus.sequences("train", np.arange(12))
-    for prompt, own in zo.parts_of(ids, labels):
+    assert len(case.corpus.completions) == 3
+    for prompt, own in case.corpus.examples("train", np.arange(12)):
         losses = {}
-        for option in metric.options:
-            row = torch.tensor([[*prompt, *option]])
+        for option in case.corpus.completions:
+            row = torch.tensor([[*map(int, prompt), *option]])
             odds = torch.log_softmax(case.model(row).logits[0], -1)
             losses[option] = -sum(odds[len(prompt) + i - 1, token].item() for i, token in enumerate(option))
         chosen.append(min(losses, key=losses.get) == tuple(own))
     assert 0 < sum(chosen) < 12  # else this says little
-    assert metric.losses(*metric.prepare(ids, labels)).item() == pytest.approx(-np.mean(chosen))
-    shares = [-metric.losses(*metric.prepare(ids[lo : lo + 3], labels[lo : lo + 3])).item() for lo in (0, 3, 6, 9)]
+    assert metric.losses(*metric.sequences(case.corpus, "train", np.arange(12))).item() == pytest.approx(
+        -np.mean(chosen)
+    )
+    parts = [metric.sequences(case.corpus, "train", np.arange(lo, lo + 3)) for lo in (0, 3, 6, 9)]
+    shares = [-metric.losses(*part).item() for part in parts]
     assert np.mean(shares) == pytest.approx(np.mean(chosen))
     rows = case.corpus.validation_rows
-    each = [
-        -metric.losses(*metric.prepare(*case.corpus.sequences("validation", rows[[n]]))).item()
-        for n in range(len(rows))
-    ]
+    each = [-metric.losses(*metric.sequences(case.corpus, "validation", rows[[n]])).item() for n in range(len(rows))]
     assert zo.validation_score(metric, case.corpus) == pytest.approx(np.mean(each))
 
 
@@ -160,7 +159,7 @@ def test_queries_on_scores_resume_are_replayed_and_shared_among_processes(kind, 
 def test_both_paths_measure_the_same_accuracy(runs, flags, workers, small_blocks):
     case = Case(runs, workers, **flags)
     metric, tensors = case.scored("accuracy"), zo.trainable_tensors(case.model.named_parameters())
-    batch = zo.query_batch(*metric.prepare(*case.corpus.sequences("train", np.arange(6))), 4, "shared")
+    batch = zo.query_batch(*metric.sequences(case.corpus, "train", np.arange(6)), 4, "shared")
     for family in (zo.Gaussian(), zo.LowRank(2)):
         queries = zo.Queries(family, 0, 0, 4, 0.05)
         one, *others = (zo.query_losses(metric, tensors, batch, queries, group) for group in (0, 1, 3))
@@ -259,7 +258,7 @@ def test_tokens_are_counted_with_every_option_and_continuation(runs, flags):
     for given in ({"objective": "accuracy"}, {"objective": "f1", "max_new_tokens": 3}):
         run = runs.train(given["objective"], **flags | given | {"max_steps": 1})
         found = harness.corpus(zo.read_config(run))
-        (ids, labels), row, options = found.batch(0), harness.metrics(run)[-1], found.options()
+        (ids, labels), row, options = found.batch(0), harness.metrics(run)[-1], found.completions
         longest = max(len(prompt) for prompt, _ in zo.parts_of(ids, labels)) + max(map(len, options))
         each = 3 * len(ids) * longest if given["objective"] == "accuracy" else ids.numel() + 3 * len(ids)
         assert int(row["data_tokens"]) == ids.numel()
@@ -270,7 +269,7 @@ def test_weights_that_are_not_finite_are_not_taken_for_wrong_answers(runs, flags
     case = Case(runs, workers, **flags)
     metric = case.scored("accuracy")
     case.model.model.norm.weight.data[0] = float("nan")
-    assert metric.losses(*metric.prepare(*case.corpus.batch(0))).isnan().all()
+    assert metric.losses(*metric.sequences(case.corpus, "train", case.corpus.rows(0))).isnan().all()
 
 
 def test_the_models_own_wishes_do_not_change_what_is_greedy(runs, flags, workers):
@@ -291,3 +290,26 @@ def test_the_unigram_loss_is_of_the_completions(runs, flags):
     counts = np.bincount(np.concatenate(words), minlength=300) + 1.0
     predicted = np.concatenate([own for _, own in zo.parts_of(*found.sequences("validation", found.validation_rows))])
     assert found.unigram_loss() == pytest.approx(-np.log(counts / counts.sum())[predicted].mean())
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_options_of_a_row_are_chosen_from_resumed_and_replayed_bitwise(runs, tmp_path, workers, batched):
+    """Accuracy by hand, of each prompt with each of the row's options."""
+    flags = COLUMNS | {"dataset": write(tmp_path / "choices.jsonl", choices()), "block_size": 32, "max_samples": 1000}
+    flags |= {"options_column": "choices", "objective": "accuracy", "batch_size": 4, "learning_rate": 1e-2}
+    case = Case(runs, workers, **flags)
+    chosen = []
+    for at, (prompt, own) in enumerate(case.corpus.examples("train", np.arange(16))):
+        losses = {}
+        for option in case.corpus.options("train", at):
+            row = torch.tensor([[*map(int, prompt), *option]])
+            odds = torch.log_softmax(case.model(row).logits[0], -1)
+            losses[option] = -sum(odds[len(prompt) + i - 1, token].item() for i, token in enumerate(option))
+        chosen.append(min(losses, key=losses.get) == tuple(own))
+    metric = case.scored("accuracy")
+    found = metric.losses(*metric.sequences(case.corpus, "train", np.arange(16))).item()
+    assert 0 < sum(chosen) < 16
+    assert found == pytest.approx(-np.mean(chosen))
+    whole, run = runs.whole_and_resumed(5, **flags, query_budget_q=4, parallel_q_computation=batched)
+    assert harness.differences(whole, run) == []
+    assert runs.replay(whole) == 0

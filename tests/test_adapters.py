@@ -1,0 +1,135 @@
+"""--scope lora:R: what is trained, peft's file format, merged export, resume, replay, ranks."""
+
+import json
+
+import harness
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from test_init_from import ARCHITECTURES, flags, saved  # noqa: F401
+
+import reproduce_zo_paper as zo
+
+LORA = {"scope": "lora:2", "learning_rate": 1e-2, "optimizer": "adam"}
+IDS = torch.arange(24).view(2, 12)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def loaded(folder) -> torch.nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "GPT2"])
+def test_peft_reads_the_adapter_and_the_merged_model_is_the_same(runs, saved, architecture):  # noqa: F811
+    """The logits of three: peft's, of the checkpoint; the exported model's; by hand, base and product in float64."""
+    folder, out = saved(architecture), runs.folder / "exported"
+    targets = {"lora_targets": "c_attn,c_proj"} if architecture == "GPT2" else {}
+    given = flags(folder, **LORA, **targets, max_steps=6, export_dir=out)
+    run = runs.train(**given)
+    merged, base = loaded(out), loaded(folder)
+    state, adapter = base.state_dict(), load_file(harness.last_checkpoint(run) / "adapter_model.safetensors")
+    assert not {"adapter_model.safetensors", "adapter_config.json"} & {path.name for path in out.iterdir()}
+    assert sum(value.numel() for value in adapter.values()) == sum(
+        v.numel() for k, v in adapter.items() if "lora_" in k
+    )
+    for name in [name for name in adapter if name.endswith("lora_A.weight")]:
+        a, b = adapter[name], adapter[name.replace("lora_A", "lora_B")]
+        assert b.abs().max() > 0
+        product = (b.double() @ a.double()).float()
+        state[name.removeprefix("base_model.model.").replace("lora_A.", "")] += (
+            product.T if architecture == "GPT2" else product
+        )
+    base.load_state_dict(state)
+    assert torch.allclose(logits(base), logits(merged), atol=1e-5)
+    assert not torch.allclose(logits(loaded(folder)), logits(merged), atol=1e-3)
+    peft = pytest.importorskip("peft")
+    with_adapter = peft.PeftModel.from_pretrained(loaded(folder), harness.last_checkpoint(run))
+    assert torch.allclose(logits(with_adapter), logits(merged), atol=1e-5)
+
+
+def test_an_exported_adapter_is_what_peft_expects(runs, saved):  # noqa: F811
+    out = runs.folder / "adapter"
+    runs.train(**flags(saved(), **LORA, max_steps=3, export_dir=out, export_adapter=True, export_best=True))
+    about = json.loads((out / "adapter_config.json").read_text())
+    assert (about["r"], about["lora_alpha"], about["peft_type"]) == (2, 2, "LORA")
+    assert about["target_modules"] == ["q_proj", "v_proj"]
+    assert "library_name: peft" in (out / "README.md").read_text()
+    assert not (out / "model.safetensors").exists()
+    named = {
+        f"base_model.model.model.layers.{at}.self_attn.{x}_proj.lora_{y}.weight"
+        for at in (0, 1)
+        for x in "qv"
+        for y in "AB"
+    }
+    assert set(load_file(out / "adapter_model.safetensors")) == named
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"parallel_q_computation": True, "direction": "lowrank"},
+        {"direction": "rademacher", "optimizer": "sgd"},
+        {"mode": "FO", "query_budget_q": None},
+        {"direction": "feedback", "query_budget_q": None},
+        {"direction": "aligned"},
+        {"mode": "Instruct", "bp_interval": 2, "direction": "gaussian"},
+    ],
+    ids=lambda more: "-".join(map(str, more.values())) or "plain",
+)
+def test_only_adapters_move_and_resume_and_replay_are_bitwise(runs, saved, more):  # noqa: F811
+    folder = saved()
+    base = load_file(folder / "model.safetensors")
+    given = flags(folder, **LORA | {"query_budget_q": 3} | more)
+    whole = runs.train("whole", **given, max_steps=5, export_dir=runs.folder / "merged")
+    run = runs.train("logs", **given, max_steps=5, save_interval=2, export_dir=runs.folder / "again")
+    harness.damage(harness.last_checkpoint(run) / "adapter_model.safetensors", "flipped")
+    (run / "finished.json").unlink()
+    assert runs.resume(run, export_dir=runs.folder / "third") == 0
+    assert harness.differences(whole, run) == []
+    assert runs.replay(whole) == 0
+    merged = load_file(runs.folder / "merged" / "model.safetensors")
+    moved = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert moved == {f"model.layers.{at}.self_attn.{x}_proj.weight" for at in (0, 1) for x in "qv"}
+
+
+def test_batched_adapters_are_measured_as_in_place(saved, workers):  # noqa: F811
+    config = zo.Config(init_from=str(saved()), scope="lora:2")
+    model = loaded(config.init_from)
+    zo.add_adapters(model, config)
+    tensors = zo.choose_scope(model, config.scope)
+    assert sum(tensor.parameter.numel() for tensor in tensors) == 2 * 2 * 2 * (32 + 32)
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.parameter.add_(0.1)
+    for family in (zo.Gaussian(), zo.LowRank(2)):
+        queries = zo.Queries(family, 0, 0, 3, 1e-2)
+        batch = zo.query_batch(IDS, IDS, 3, "shared")
+        found = [zo.query_losses(zo.Objective(model, workers), tensors, batch, queries, group) for group in (0, 3)]
+        assert abs(found[0] - found[1]).max() < 1e-5
+        assert abs(found[0][:, 0] - found[0][:, 1]).min() > 1e-5
+
+
+def test_two_ranks_are_one(runs, saved):  # noqa: F811
+    given = flags(saved(), **LORA, max_steps=3, query_budget_q=3, num_threads=1)
+    assert harness.differences(runs.train("one", **given), runs.train_ranks(2, "two", **given)) == []
+
+
+def test_what_has_no_sense_is_refused(runs, saved, failure):  # noqa: F811
+    folder = saved("GPT2")
+    code, line = failure(runs.code, **flags(folder, **LORA))
+    assert code == 2
+    assert (
+        "--lora_targets q_proj,v_proj: no layer of a block is named q_proj; the blocks' layers are c_attn, c_fc, c_proj"
+        in line
+    )
+    assert "adapters are for a trained model" in failure(runs.code, **LORA)[1]
+    assert "--lora_targets: has no effect without --scope lora:R" in failure(runs.code, lora_targets="q_proj")[1]
+    assert (
+        "must be full, head" in failure(runs.code, scope="lora:0", init_from=folder, model_size=None, tokenizer=None)[1]
+    )
