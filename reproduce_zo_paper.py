@@ -383,7 +383,10 @@ class Config:
         "flags they differ in, and compare.png in log_dir", nargs="+", action=True)
 
     device: str = SYSTEM("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = SYSTEM("float32", "dtype of computation; weights are always float32", choices=tuple(EPSILON))
+    dtype: str = SYSTEM(None, "dtype of computation", choices=tuple(EPSILON),
+        shown="float32; bfloat16 with --weights bfloat16")
+    weights: str = SYSTEM("float32", "how matrices are stored (adapters, norms and biases: always float32). bfloat16: "
+        "half the memory; updates are rounded at random, right on average", choices=tuple(EPSILON))
     num_threads: int | None = SYSTEM(None, "CPU threads of a process; may change rounding (default: all cores, shared "
         "out under torchrun)", least=1, most=4096, free=True)
     sync_check_interval: int = SYSTEM(50, "torchrun: steps between checks that weights agree", least=1, free=True)
@@ -402,8 +405,9 @@ class Config:
         direction = self.direction or mode.defaults.get("direction", "gaussian")
         carry = self.carry or ("stream" if self.query_budget_q else "block")
         own = FAMILIES[direction].defaults(carry) if mode.queries and direction in FAMILIES else {}
-        epsilon = EPSILON.get(self.dtype, 1e-3) if self.objective == "loss" else EPSILON_SCORES
-        plain = {"query_budget_q": 8, "epsilon": epsilon, "max_decrease": 0.0, "carry": carry}
+        dtype = self.dtype or self.weights
+        epsilon = EPSILON.get(dtype, 1e-3) if self.objective == "loss" else EPSILON_SCORES
+        plain = {"query_budget_q": 8, "epsilon": epsilon, "max_decrease": 0.0, "carry": carry, "dtype": dtype}
         plain |= {"optimizer": "sgd", "learning_rate": 1e-3, "clip_grad_norm": 0.0 if self.layerwise else 1.0}
         vanilla = {"optimizer": "sgd"} if self.layerwise and not own.get("optimizer") else {}  # as the paper has it
         defaults = plain | own | mode.defaults | vanilla | {"direction": direction}
@@ -650,6 +654,11 @@ def value_faults(config: Config) -> list[str]:
          "continuations are made one query after the other; leave out --parallel_q_computation"),
         (c.eval_metric is None or c.source.examples, f"--{'eval_metric' if c.objective == 'loss' else 'objective'} "
          f"{c.eval_metric}: scores are of prompts with completions; name --prompt_column, --completion_column"),
+        (c.weights == c.dtype or c.weights == "float32", f"--dtype {c.dtype}: weights in bfloat16 are computed with in "
+         "bfloat16; leave it out"),
+        (c.weights == "float32" or c.parallel_q_computation or c.adapter_rank or not (c.measures and
+         family.perturbs_weights), "--weights bfloat16: queries in place would move such weights; add "
+         "--parallel_q_computation, which does not write them, or --scope lora:R"),
         (c.min_lr <= c.learning_rate, f"--min_lr {c.min_lr:g}: must be from 0 to --learning_rate"),
         (not c.use_lr_scheduler or c.warmup_steps < (c.max_steps or sys.maxsize), f"--warmup_steps "
          f"{c.warmup_steps}: as long as the run of {c.max_steps} steps; lower it"),
@@ -803,6 +812,7 @@ def folder_faults(config: Config) -> list[str]:
 # numpy's global generators are never touched. The purposes are part of the format: never renumber them.
 
 PURPOSE_INIT, PURPOSE_DIRECTION, PURPOSE_DATA, PURPOSE_BASIS, PURPOSE_SAMPLE, PURPOSE_CHECK = 1, 2, 3, 4, 5, 6
+PURPOSE_ROUNDING = 7
 
 # Elements of one block of a direction. Part of the format, per device type, since devices draw different numbers
 # from the same seed anyway: on a CPU a block and its scratch stay in the cache, on a GPU launches must be few.
@@ -1147,6 +1157,11 @@ class Tensor:
         return max(1, min(self.rows, elements // max(1, self.columns)))
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What is computed about it in: its own dtype, but float32 for bfloat16."""
+        return torch.float32 if self.parameter.dtype == torch.bfloat16 else self.parameter.dtype
+
+    @property
     def blocks(self) -> range:
         return range(-(-self.rows // self.block_rows))
 
@@ -1158,12 +1173,8 @@ def trainable_tensors(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> l
     """Return the parameters, numbered, each once; raises ValueError where one can't be perturbed."""
     tensors = {}
     for name, parameter in parameters:
-        if parameter.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{name} is {parameter.dtype}: what is perturbed must be float32 (or float64) masters, since adding "
-                "and removing epsilon*z in half precision moves the weights; call model.float(), and compute in "
-                "bfloat16 instead"
-            )
+        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            raise ValueError(f"{name} is {parameter.dtype}: must be float32, float64 or bfloat16; call model.float()")
         if not parameter.is_contiguous():
             raise ValueError(f"{name} is not contiguous in memory; store parameter.data.contiguous() in it")
         tensors.setdefault(id(parameter), Tensor(len(tensors), name, parameter))
@@ -1277,8 +1288,8 @@ def output_error(h: torch.Tensor, targets: torch.Tensor, back: bool, head: HeadT
     A tile of the logits at a time, in W's dtype. A worker's slab has its own part of `back`, and parts are added in the
     order of the slabs, however many workers there are.
     """
-    dtype = head.head.weight.dtype
-    weight = torch.zeros_like(head.head.weight, requires_grad=False)
+    dtype = full_precision(head.head.weight[:0]).dtype
+    weight = torch.zeros_like(head.head.weight, dtype=dtype, requires_grad=False)
     bias = weight.new_zeros(len(weight))
     total = torch.zeros(h[0].shape, dtype=dtype, device=h.device) if back else None
     parts = [torch.zeros_like(total) for _ in range(workers.count)] if back else []
@@ -1588,10 +1599,10 @@ class Factored:
         torch.mm(inner, self.left[rows].T.to(out.dtype), out=out)
 
     @staticmethod
-    def add(out: torch.Tensor, zs: list[Factored], values: list[float]) -> None:
-        """Add sum_i values[i] zs[i] to out [rows, columns]: one product of rank q r."""
-        left = torch.cat([z.left * value for z, value in zip(zs, values)], 1).to(out.dtype)
-        out.addmm_(left, torch.cat([z.right for z in zs], 1).to(out.dtype).T)
+    def sum(zs: list[Factored], values: list[float]) -> Factored:
+        """Return sum_i values[i] zs[i], of rank q r."""
+        left = torch.cat([z.left * value for z, value in zip(zs, values)], 1)
+        return Factored(left, torch.cat([z.right for z in zs], 1), zs[0].tensor)
 
 
 class KroneckerProduct:
@@ -1911,10 +1922,15 @@ class Grid:
     until an update. `margin` is the power of two that holds the largest epsilon |z|. An update below half a spacing
     (4e-9 where weights stay below 0.12 and epsilon is 1e-3) is lost, as it is in float32 for the largest weights.
 
-    Raises FloatingPointError, which names the tensor, where one is not finite.
+    Raises FloatingPointError, which names the tensor, where one is not finite, and ValueError for bfloat16.
     """
 
     def __init__(self, tensors: list[Tensor], epsilon: float, largest_z: float, workers: Workers):
+        if odd := next((tensor for tensor in tensors if tensor.parameter.dtype == torch.bfloat16), None):
+            raise ValueError(
+                f"{odd.name} is bfloat16: what is perturbed in place must be float32 (or float64), since adding and "
+                "removing epsilon*z in half precision moves the weights; call model.float(), or batch the queries"
+            )
         self.tensors, self.epsilon, self.workers = tensors, epsilon, workers
         self.margin = 2.0 ** math.ceil(math.log2(epsilon * largest_z))
         self.units = [(tensor, block) for tensor in tensors for block in tensor.blocks]
@@ -1956,9 +1972,9 @@ class Grid:
 
 
 def draw(direction, tensor: Tensor, block: int, workers: Workers) -> torch.Tensor:
-    """Return one block of a direction, in this worker's scratch and the parameter's dtype."""
+    """Return one block of a direction, in this worker's scratch and the tensor's dtype."""
     span = tensor.span(block)
-    z = workers.scratch("z", (span.stop - span.start, tensor.columns), tensor.parameter.dtype)
+    z = workers.scratch("z", (span.stop - span.start, tensor.columns), tensor.dtype)
     direction.block(block, z)
     return z
 
@@ -2131,7 +2147,7 @@ class Perturbed:
         flat = self.grouped(ids[..., None])[..., 0]
         if self.family.factored(tensor):
             weight, pairs = module.weight.detach(), zip(self.directions, flat)
-            out = torch.stack([own[tensor.index].rows(rows, weight.dtype) for own, rows in pairs])
+            out = torch.stack([own[tensor.index].rows(rows, tensor.dtype) for own, rows in pairs])
             out = out.mul_(self.epsilon * self.plus_minus.to(out.dtype).view(1, 2, 1, 1)).add_(weight[flat])
         else:
             out = self._dense_embedding(tensor, flat)
@@ -2139,7 +2155,7 @@ class Perturbed:
 
     def _dense_embedding(self, tensor: Tensor, ids: torch.Tensor) -> torch.Tensor:
         wanted, order = ids.reshape(self.count, -1).sort(1)
-        out = tensor.parameter.new_empty(self.count, wanted.shape[1], tensor.columns)
+        out = tensor.parameter.new_empty(self.count, wanted.shape[1], tensor.columns, dtype=tensor.dtype)
         signs = self.plus_minus.to(out.dtype).repeat_interleave(wanted.shape[1] // 2)[:, None]
         edges = torch.tensor([tensor.span(block).start for block in tensor.blocks] + [tensor.rows], device=ids.device)
         bounds = torch.searchsorted(wanted, edges.expand(self.count, -1).contiguous()).tolist()
@@ -2285,6 +2301,8 @@ def query_losses(
         try:
             return batched_losses(objective, tensors, batch, queries, chosen, group, heed)
         except CannotBatch as reason:
+            if any(tensor.parameter.dtype == torch.bfloat16 for tensor in tensors):
+                raise
             warnings.warn(f"queries are evaluated one after the other, not batched: {reason}", stacklevel=2)
     grid = grid or Grid(tensors, queries.epsilon, queries.family.largest, objective.workers)
     return sequential_losses(objective, grid, batch, queries, chosen, heed)
@@ -2299,6 +2317,21 @@ def projected_gradients(losses: np.ndarray, epsilon: float) -> np.ndarray:
 FACTORS_AT_ONCE = 64  # queries whose low-rank factors an update holds at a time
 
 
+def store(out: torch.Tensor, values: torch.Tensor, *coordinates: int) -> None:
+    """Write float32 values, which are overwritten, into a block; where that is bfloat16, rounded stochastically.
+
+    The lower 16 bits of a float32 are added to as many random ones, from the coordinates, and cut off: of the two
+    nearest bfloat16 numbers each is taken as often as the value is near to it, E[rounded] = value, so that updates far
+    below the spacing are not lost.
+    """
+    if out.dtype == torch.bfloat16:
+        bits = torch.empty(values.shape, dtype=torch.int32, device=values.device)
+        seed, *rest = coordinates
+        bits.random_(0, 2**16, generator=stream(values.device, seed, PURPOSE_ROUNDING, *rest))
+        values.view(torch.int32).add_(bits).bitwise_and_(-(2**16))
+    out.copy_(values)
+
+
 def add_directions(
     outs: list[torch.Tensor], tensors: list[Tensor], queries: Queries, coefficients: np.ndarray, workers: Workers
 ) -> None:
@@ -2309,29 +2342,35 @@ def add_directions(
     used = [(query, float(value)) for query, value in enumerate(coefficients) if value != 0.0]
     parts = [used[lo : lo + FACTORS_AT_ONCE] for lo in range(0, len(used), FACTORS_AT_ONCE)]
 
+    def add(out: torch.Tensor, tensor: Tensor, block: int, part: int, total: torch.Tensor) -> None:
+        own = out[tensor.span(block)]
+        store(own, total.add_(own), queries.seed, queries.step, tensor.index, block, 1 + part)
+
     def factored(item: tuple[torch.Tensor, Tensor]) -> None:
         out, tensor = item
-        for part in parts:
+        for number, part in enumerate(parts):
             zs = [queries.family.direction(tensor, queries.at(query)) for query, _ in part]
-            zs[0].add(out, zs, [value for _, value in part])
+            z = zs[0].sum(zs, [value for _, value in part])
+            for block in tensor.blocks:
+                add(out, tensor, block, number, draw(z, tensor, block, workers))
 
-    def dense(item: tuple[torch.Tensor, Tensor, int, list]) -> None:
-        out, tensor, block, zs = item
+    def dense(item: tuple[torch.Tensor, Tensor, int, int, list]) -> None:
+        out, tensor, block, number, zs = item
         span = tensor.span(block)
-        total = workers.scratch("sum", (span.stop - span.start, tensor.columns), out.dtype).zero_()
+        total = workers.scratch("sum", (span.stop - span.start, tensor.columns), tensor.dtype).zero_()
         for z, value in zs:
             total.add_(draw(z, tensor, block, workers), alpha=value)
-        out[span].add_(total)
+        add(out, tensor, block, number, total)
 
     low, full = [], []
     for pair in zip(outs, tensors):
         (low if queries.family.factored(pair[1]) else full).append(pair)
     workers.each(factored, low)
-    for part in parts:
+    for number, part in enumerate(parts):
         items = []
         for out, tensor in full:
             zs = [(queries.family.direction(tensor, queries.at(query)), value) for query, value in part]
-            items += [(out, tensor, block, zs) for block in tensor.blocks]
+            items += [(out, tensor, block, number, zs) for block in tensor.blocks]
         workers.each(dense, items)
 
 
@@ -2466,11 +2505,14 @@ class Optimizer:
     torch.optim.Muon with the RMS-matched step on hidden matrices and AdamW on the rest (`outer`: ids of the parameters
     of embeddings and head). Each tensor has its own torch optimizer: its gradient is built, used and freed before the
     next. Weight decay is decoupled (Loshchilov and Hutter 2019) and leaves vectors alone. `exact` is a tensor that is
-    AdamW's in any case: the output layer of --head closed_form.
+    AdamW's in any case: the output layer of --head closed_form. State is float32; a bfloat16 tensor is updated in
+    float32 and stored rounded stochastically, with bits from (seed, step, tensor, block).
     """
 
-    def __init__(self, name: str, tensors: list[Tensor], workers: Workers, decay=0.0, outer=frozenset(), exact=None):
-        self.name, self.tensors, self.workers = name, tensors, workers
+    def __init__(
+        self, name: str, tensors: list[Tensor], workers: Workers, decay=0.0, outer=frozenset(), exact=None, seed=0
+    ):
+        self.name, self.tensors, self.workers, self.seed = name, tensors, workers, seed
         self.decay = {tensor.index: decay if tensor.parameter.ndim > 1 else 0.0 for tensor in tensors}
         made = {t.index: self._make("adam" if t is exact else name, t, id(t.parameter) in outer) for t in tensors}
         self.each = {index: optimizer for index, optimizer in made.items() if optimizer is not None}
@@ -2480,43 +2522,53 @@ class Optimizer:
         parameter, decay = tensor.parameter, self.decay[tensor.index]
         if name == "sgd":
             return None
+        if tensor.dtype != parameter.dtype:  # stands for the float32 values, for the time of a step
+            parameter = torch.nn.Parameter(parameter.new_empty([0] * parameter.ndim, dtype=tensor.dtype))
         if name == "mudamw" and parameter.ndim == 2 and not outer:
             return torch.optim.Muon([parameter], weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         return torch.optim.AdamW([parameter], betas=(0.9, 0.95), weight_decay=decay)
 
-    def apply_gradients(self, gradients: dict[int, torch.Tensor], rate: float) -> None:
+    def apply_gradients(self, gradients: dict[int, torch.Tensor], rate: float, step: int) -> None:
         """Step along gradients, by the tensor's index, which are freed as they are used."""
         for tensor in self.tensors:
             if tensor.index in gradients:
-                self._step(tensor, gradients.pop(tensor.index), rate)
+                self._step(tensor, gradients.pop(tensor.index), rate, step)
 
     def apply_estimate(self, tensors: list[Tensor], queries: Queries, projected_grads: np.ndarray, rate: float) -> None:
         """Step along g = (1/q) sum_i c_i z_i / gain, from the scalars c (float64 [q], NaN: dropped) and the seeds."""
         kept = np.isfinite(projected_grads)
         weights = np.where(kept, projected_grads, 0.0) / (max(1, kept.sum()) * queries.family.gain)
         direct = [tensor for tensor in tensors if tensor.index not in self.each]
-        for tensor in direct:
-            self._shrink(tensor, rate)
+        for tensor in (tensor for tensor in direct if self.decay[tensor.index]):
+            with self._values(tensor, queries.step) as theta:
+                theta.mul_(1 - rate * self.decay[tensor.index])
         add_directions([tensor.matrix for tensor in direct], direct, queries, -rate * weights, self.workers)
         for tensor in (tensor for tensor in tensors if tensor.index in self.each):
-            gradient = torch.zeros_like(tensor.matrix)
+            gradient = torch.zeros_like(tensor.matrix, dtype=tensor.dtype)
             add_directions([gradient], [tensor], queries, weights, self.workers)
-            self._step(tensor, gradient.view_as(tensor.parameter), rate)
+            self._step(tensor, gradient, rate, queries.step)
 
-    def _shrink(self, tensor: Tensor, rate: float) -> None:
-        if self.decay[tensor.index]:
-            tensor.matrix.mul_(1 - rate * self.decay[tensor.index])
+    @contextlib.contextmanager
+    def _values(self, tensor: Tensor, step: int) -> Iterator[torch.Tensor]:
+        """For an update, a tensor's values [rows, columns]: itself, or float32 ones, which are then stored in it."""
+        theta = tensor.matrix.to(tensor.dtype)
+        yield theta
+        for block in tensor.blocks if theta.dtype != tensor.parameter.dtype else ():
+            span = tensor.span(block)
+            store(tensor.matrix[span], theta[span], self.seed, step, tensor.index, block, 0)
 
-    def _step(self, tensor: Tensor, gradient: torch.Tensor, rate: float) -> None:
-        optimizer = self.each.get(tensor.index)
-        if optimizer is None:
-            self._shrink(tensor, rate)
-            tensor.matrix.add_(gradient.view(tensor.rows, tensor.columns), alpha=-rate)
-            return
-        optimizer.param_groups[0]["lr"] = rate
-        tensor.parameter.grad = gradient.view_as(tensor.parameter)
-        optimizer.step()
-        tensor.parameter.grad = None
+    def _step(self, tensor: Tensor, gradient: torch.Tensor, rate: float, step: int) -> None:
+        optimizer, gradient = self.each.get(tensor.index), gradient.to(tensor.dtype)
+        with self._values(tensor, step) as theta:
+            if optimizer is None:
+                theta.mul_(1 - rate * self.decay[tensor.index])
+                theta.add_(gradient.view_as(theta), alpha=-rate)
+                return
+            optimizer.param_groups[0]["lr"], (parameter,) = rate, optimizer.param_groups[0]["params"]
+            empty, parameter.data = parameter.data, theta.view_as(tensor.parameter)
+            parameter.grad = gradient.view_as(parameter)
+            optimizer.step()
+            parameter.grad, parameter.data = None, empty
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the state of every torch optimizer, as <tensor's name>/<entry>."""
@@ -2533,7 +2585,8 @@ class Optimizer:
             device = tensor.parameter.device
             entries = {key.rpartition("/")[2]: v.to(device) if v.ndim else v for key, v in own.items()}
             if entries:
-                self.each[tensor.index].state[tensor.parameter] = entries
+                optimizer = self.each[tensor.index]
+                optimizer.state[optimizer.param_groups[0]["params"][0]] = entries
         if left:
             raise ValueError(f"state of unknown tensors: {', '.join(sorted(left)[:3])}")
 
@@ -2773,8 +2826,8 @@ class Backpropagation(Rule):
             self.pupil.learn(step, gradients)
         exact = self.setting.exact
         head = {} if exact is None else {exact.index: gradients.pop(exact.index)}
-        self.setting.optimizer.apply_gradients(gradients, record.learning_rate)
-        self.setting.optimizer.apply_gradients(head, self.setting.head_rate(step))
+        self.setting.optimizer.apply_gradients(gradients, record.learning_rate, step)
+        self.setting.optimizer.apply_gradients(head, self.setting.head_rate(step), step)
 
 
 class QueryRule(Rule):
@@ -2788,6 +2841,7 @@ class QueryRule(Rule):
         self.family, self.group, self.grid, self.guide = family, group, None, None
         self.dimension = sum(tensor.parameter.numel() for tensor in tensors)
         self.fixed, self._known = setting.measured.fixed_blocks(), ()
+        self.in_place = all(tensor.parameter.dtype != torch.bfloat16 for tensor in tensors)  # whether it may be
         self.passes = family.passes + 2 * (1 if config.query_data == "distinct" else config.query_budget_q)
 
     def bent(self, family: Gaussian) -> Gaussian | Guided:
@@ -2802,8 +2856,9 @@ class QueryRule(Rule):
 
     def settle(self) -> None:
         """Put the weights on the grid of the next step: every checkpoint is on it."""
-        workers = self.setting.objective.workers
-        self.grid = Grid(self.tensors, self.config.epsilon, self.bent(self.family).largest, workers)
+        if self.in_place:
+            workers = self.setting.objective.workers
+            self.grid = Grid(self.tensors, self.config.epsilon, self.bent(self.family).largest, workers)
 
     def measure(self, step: int, rate: float) -> Record:
         queries, family = self.look(step), self.look(step).family
@@ -2837,8 +2892,10 @@ class QueryRule(Rule):
         while True:
             try:
                 return query_losses(*fixed, self.group, self.grid, ranks.share(queries.q), ranks.stop.heed)
+            except CannotBatch as reason:
+                raise UsageError(f"--weights bfloat16: this model's queries can't be batched: {reason}") from reason
             except (RuntimeError, MemoryError) as failure:
-                if not is_out_of_memory(failure) or self.group == 0:
+                if not is_out_of_memory(failure) or self.group <= (0 if self.in_place else 1):
                     raise
                 self.group //= 2
                 how = f"{self.group} queries in one forward pass" if self.group else "one query after the other"
@@ -2940,7 +2997,7 @@ class ClosedFormHead(Rule):
         error = self.look(record.step)
         self.inner.finish(record)
         head = {self.setting.exact.index: error.weight}
-        self.setting.optimizer.apply_gradients(head, self.setting.head_rate(record.step))
+        self.setting.optimizer.apply_gradients(head, self.setting.head_rate(record.step), record.step)
 
     def about(self) -> list[str]:
         lines = [f"head: gradient in closed form, AdamW at {self.config.head_learning_rate:g}"]
@@ -3096,7 +3153,8 @@ class Feedback(Rule):
         self.outer, table = self.carry.outer, objective.model.get_input_embeddings().weight
         # a tied embedding's two gradients, as output layer and as embedding, are too different to share moments
         tied = [t for t in self.outer if t is setting.head and t.parameter is table]
-        self.entry = Optimizer(setting.optimizer.name, tied, objective.workers, 0.0, {id(t.parameter) for t in tied})
+        outer = {id(t.parameter) for t in tied}
+        self.entry = Optimizer(setting.optimizer.name, tied, objective.workers, 0.0, outer, seed=config.seed + 1)
         embeddings = [m for m in objective.model.modules() if isinstance(m, torch.nn.Embedding)]
         self.reaches = bool({id(t.parameter) for t in self.outer} & {id(p) for m in embeddings for p in m.parameters()})
         self.probes = config.query_budget_q if self.reaches else 0
@@ -3183,16 +3241,16 @@ class Feedback(Rule):
         def block(at: int, x: torch.Tensor, call: Callable) -> torch.Tensor:
             y, gradients, delta0 = self.carry.gradients(at, look.e, x, call)
             entering.extend([] if delta0 is None else [delta0])
-            optimizer.apply_gradients(gradients, record.learning_rate)
+            optimizer.apply_gradients(gradients, record.learning_rate, record.step)
             return y
 
         forwards = {at: functools.partial(block, at) for at in range(len(self.carry.tensors))}
         with torch.no_grad(), objective.quiet(), objective.blocks_replaced(forwards):
             objective.hidden(self.setting.batch(record.step)[0])
-        optimizer.apply_gradients(look.gradients, record.learning_rate)
+        optimizer.apply_gradients(look.gradients, record.learning_rate, record.step)
         entry = self._entry(look, entering[-1])  # a tied embedding's gradient as output layer is gone by now
-        self.entry.apply_gradients(entry, record.learning_rate)
-        optimizer.apply_gradients(entry, record.learning_rate)  # what is not tied
+        self.entry.apply_gradients(entry, record.learning_rate, record.step)
+        optimizer.apply_gradients(entry, record.learning_rate, record.step)  # what is not tied
 
     def learn(self, step: int, gradients: dict[int, torch.Tensor]) -> None:
         look = self.look(step)
@@ -3908,6 +3966,19 @@ class Adapted(torch.nn.Module):
         return self.base.weight + (product if isinstance(self.base, torch.nn.Linear) else product.T)
 
 
+def lowered(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a model with its vectors and what embeddings give in float32, whatever its matrices are stored in: vectors
+    are few, and a norm's weight of about 1 would be rounded by more than epsilon.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim < 2:
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.register_forward_hook(lambda module, given, out: out.float())
+    return model
+
+
 def add_adapters(model: torch.nn.Module, config: Config) -> None:
     """Put an adapter beside every targeted layer of the blocks; raises UsageError where there is none."""
     targets, inside = config.lora_targets.split(","), set(decoder_blocks(model).modules())
@@ -3972,10 +4043,10 @@ def save_merged(model: torch.nn.Module, folder: Path) -> None:
 
 
 def loaded_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast) -> torch.nn.Module:
-    """Return the model of --init_from in float32, from safetensors, running no code of its own; raises UsageError."""
+    """Return the model of --init_from, from safetensors, running no code of its own; raises UsageError."""
     name, safe = config.init_from, {"use_safetensors": True, "trust_remote_code": False}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **safe)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, config.weights), **safe)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         reason = f"no causal language model that loads from safetensors: {first_line(error)}"
         raise UsageError(f"--init_from {name}: {reason}") from error
@@ -3987,24 +4058,25 @@ def loaded_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast
     if config.block_size + config.continues * config.max_new_tokens > positions:
         more = f" and --max_new_tokens {config.max_new_tokens}" * config.continues
         raise UsageError(f"--block_size {config.block_size}{more}: {name} has {positions} positions; lower it")
-    return model.eval()
+    return model
 
 
 def build_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast) -> torch.nn.Module:
-    """Return the model of --init_from, or a Llama whose weights are a function of the seed; on the CPU, float32."""
+    """Return the model of --init_from, or a Llama whose weights are a function of the seed; on the CPU."""
+    finish = lowered if config.weights != "float32" else lambda model: model
     if config.init_from:
-        model = loaded_model(config, tokenizer)
+        model = finish(loaded_model(config, tokenizer))
         if config.adapter_rank:
             add_adapters(model, config)
-        return model
+        return model.eval()
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     how = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "dtype": "float32"}
     how |= {"max_position_embeddings": MAX_POSITIONS, "initializer_range": INITIAL_DEVIATION}
     shape = dict(zip(names, MODEL_SIZES[config.model_size]))
     about = transformers.LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape, **how)
     with torch.random.fork_rng(devices=[]):  # transformers' own initial draws, which are replaced below
-        model = transformers.LlamaForCausalLM(about)
-    initialize(model, config.seed)
+        model = transformers.AutoModelForCausalLM.from_config(about, dtype=getattr(torch, config.weights))
+    initialize(finish(model), config.seed)
     return model.eval()
 
 
@@ -4029,7 +4101,7 @@ def weights_digest(model: torch.nn.Module) -> str:
     """Return the SHA-256 of all parameters."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().numpy())
+        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -4041,7 +4113,7 @@ def sample_digest(model: torch.nn.Module, seed: int, step: int) -> str:
         if len(values) > SAMPLED_WEIGHTS:
             generator = stream(torch.device("cpu"), seed, PURPOSE_CHECK, step, index)
             values = values[torch.randint(len(values), (SAMPLED_WEIGHTS,), generator=generator).to(values.device)]
-        digest.update(values.cpu().numpy())
+        digest.update(values.cpu().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -4826,7 +4898,7 @@ class Trainer:
         if closed and exact is None:
             told = f"--scope {config.scope} does not train the head; leave one of them out"
             raise UsageError(f"--head closed_form: {told}")
-        how = {"decay": config.weight_decay, "outer": outer_parameters(model), "exact": exact}
+        how = {"decay": config.weight_decay, "outer": outer_parameters(model), "exact": exact, "seed": config.seed}
         self.optimizer = Optimizer(phase.optimizer, tensors, objective.workers, **how)
         batches = (job.corpus.batch, job.bp_corpus.batch, job.query_batch)
         setting = Setting(
@@ -4990,7 +5062,7 @@ def opening(job: Job) -> None:
         f"run directory {job.run.path}",
         f"mode {rule}; {rate}, {how}",
         f"model: {kind}, {short(parameter_count(job.model))} parameters",
-        f"device: {job.objective.device}{threads}, computing in {config.dtype}, weights in float32",
+        f"device: {job.objective.device}{threads}, computing in {config.dtype}, weights in {config.weights}",
         f"data: {config.dataset}, {sum(about['documents'].values())} documents, {short(about['tokens']['train'])} "
         f"training tokens in {corpus.blocks} sequences, {len(corpus.validation_rows)} validation sequences used; "
         f"tokenizer {config.tokenizer_name}, {len(corpus.tokenizer)} tokens",
@@ -5007,8 +5079,9 @@ def opening(job: Job) -> None:
 
 def check_space(job: Job) -> None:
     """Raise StorageError where the checkpoints that are kept, and the one being written, don't fit on the disk."""
-    config, whole = job.config, 4 * sum(parameter.numel() for parameter in kept_parameters(job.model).values())  # bytes
-    each = whole * (max(1 if phase.optimizer == "sgd" else 3 for phase in job.phases) + config.kind.guided)
+    config, kept = job.config, kept_parameters(job.model).values()
+    whole, state = (sum(parameter.nbytes for parameter in kept), sum(4 * parameter.numel() for parameter in kept))
+    each = whole + state * (max(2 * (phase.optimizer != "sgd") for phase in job.phases) + config.kind.guided)
     due = min(config.keep_checkpoints + 1, 1 + job.total // config.save_interval)
     due -= min(due, len(job.run.checkpoint_folders()))  # those of an earlier sitting make room
     free = shutil.disk_usage(job.run.path).free

@@ -473,7 +473,7 @@ def noise_table(size: str, q: int, rows: int = 2, tokens: int = 32, epsilons: Se
         with Bench(model, rows, tokens) as b:  # so that the loss has the curvature of a trained model's
             adam = b.optimizer("adam")
             for _ in range(30 if state == "new" else 0):
-                adam.apply_gradients(b.gradient(), 3e-3)
+                adam.apply_gradients(b.gradient(), 3e-3, 0)
     return table
 
 

@@ -20,7 +20,7 @@ def rule_of(model, workers, group: int = 0, **flags) -> zo.Feedback:
     tensors, batch = zo.trainable_tensors(model.named_parameters()), lambda step: (BATCHES[step], BATCHES[step])
     objective, optimizer = zo.Objective(model, workers), zo.Optimizer("sgd", tensors, workers)
     made = (objective, objective, tensors, None, optimizer, zo.Ranks())
-    setting = zo.Setting(config, *made, batch, batch, lambda step: 1.0)
+    setting = zo.Setting(config, *made, batch, batch, batch, lambda step: 1.0)
     return zo.Feedback(setting, group)
 
 
