@@ -815,7 +815,9 @@ PURPOSE_INIT, PURPOSE_DIRECTION, PURPOSE_DATA, PURPOSE_BASIS, PURPOSE_SAMPLE, PU
 PURPOSE_ROUNDING = 7
 
 # Elements of one block of a direction. Part of the format, per device type, since devices draw different numbers
-# from the same seed anyway: on a CPU a block and its scratch stay in the cache, on a GPU launches must be few.
+# from the same seed anyway: on a CPU a block and its scratch stay in the cache. On an accelerator a block is a few
+# kernels of some 5 microseconds to launch each: 4M elements (16 MB) take it about that long to read and write at 2 to 3
+# TB/s, so that launching does not dominate, and the two scratch blocks are still small beside the weights.
 BLOCK_ELEMENTS = {"cpu": 1 << 18}
 BLOCK_ELEMENTS_ACCELERATOR = 1 << 22
 
@@ -1303,7 +1305,8 @@ def output_error(h: torch.Tensor, targets: torch.Tensor, back: bool, head: HeadT
         slab, part = item
         for tile in head.tiles(slab, h, targets, workers):
             delta = tile.logits.sub_(normalizer[tile.span, None]).exp_()
-            delta[tile.inside, tile.local[tile.inside]] -= 1.0
+            target = tile.local.clamp(0, delta.shape[1] - 1)[:, None]  # not by a mask: its size would be fetched
+            delta.scatter_add_(1, target, -tile.inside[:, None].to(delta.dtype))
             delta = delta.mul_(share[tile.span, None]).to(dtype)
             weight[tile.rows].addmm_(delta.T, x[tile.span])
             bias[tile.rows] += delta.sum(0)
@@ -1934,22 +1937,32 @@ class Grid:
         self.tensors, self.epsilon, self.workers = tensors, epsilon, workers
         self.margin = 2.0 ** math.ceil(math.log2(epsilon * largest_z))
         self.units = [(tensor, block) for tensor in tensors for block in tensor.blocks]
-        self.spacing = {(tensor.index, block): 0.0 for tensor, block in self.units}
-        self.position = dict.fromkeys(self.spacing, 0)  # of each block, in units of epsilon z
+        self.position = {(tensor.index, block): 0 for tensor, block in self.units}  # in units of epsilon z
+        device = tensors[0].parameter.device
+        largest = torch.empty(len(self.units), dtype=wide(device), device=device)
+
+        def measure(item: tuple[int, tuple[Tensor, int]]) -> None:
+            at, (tensor, block) = item
+            lowest, highest = torch.aminmax(tensor.matrix[tensor.span(block)])
+            largest[at] = torch.maximum(-lowest, highest)
+
+        workers.each(measure, enumerate(self.units))
+        bounds = dict(zip(self.position, largest.cpu().tolist()))  # fetched from the device once
+        self.spacing = {(t.index, block): self._spacing(t, bounds[t.index, block]) for t, block in self.units}
         workers.each(self._round, self.units)
+
+    def _spacing(self, tensor: Tensor, largest: float) -> float:
+        bound = largest + self.margin
+        if not math.isfinite(bound):
+            raise FloatingPointError(f"{tensor.name} holds a value that is not finite")
+        return 2.0 ** math.ceil(math.log2(bound)) * torch.finfo(tensor.dtype).eps / 2
 
     def _round(self, unit: tuple[Tensor, int]) -> None:
         tensor, block = unit
-        theta = tensor.matrix[tensor.span(block)]
-        lowest, highest = torch.aminmax(theta)
-        bound = max(-lowest.item(), highest.item()) + self.margin
-        if not math.isfinite(bound):
-            raise FloatingPointError(f"{tensor.name} holds a value that is not finite")
-        spacing = 2.0 ** math.ceil(math.log2(bound)) * torch.finfo(theta.dtype).eps / 2
+        theta, spacing = tensor.matrix[tensor.span(block)], self.spacing[tensor.index, block]
         scratch = self.workers.scratch("z", theta.shape, theta.dtype)
         torch.mul(theta, 1 / spacing, out=scratch)
         torch.mul(scratch.round_(), spacing, out=theta).add_(0.0)  # no -0.0, which sums don't return to
-        self.spacing[tensor.index, block] = spacing
 
     def move(self, directions: dict, position: int) -> None:
         """Take every block in place to theta + position epsilon z (1, -1, 0), from wherever it is.
@@ -2010,18 +2023,18 @@ def sequential_losses(
     In place, as in MeZO (Malladi et al. 2023, Algorithm 1): the extra memory is one block a worker. Works for any
     module. The weights are on a grid and come back bit for bit, also when a forward pass fails.
     """
-    losses = np.empty((len(chosen), 2))
-    for row, query in enumerate(chosen):
+    losses = []
+    for query in chosen:
         heed()
         directions = queries.directions(query, grid.tensors)
         seen = batch(query)
         try:
-            for column, sign in enumerate((1, -1)):
+            for sign in (1, -1):
                 grid.move(directions, sign)
-                losses[row, column] = objective.losses(*seen).item()
+                losses.append(objective.losses(*seen))
         finally:
             grid.move(directions, 0)
-    return losses
+    return torch.stack(losses).view(-1, 2).cpu().numpy()  # fetched from the device once
 
 
 def untouchable_tensor() -> type:
@@ -2158,7 +2171,7 @@ class Perturbed:
         out = tensor.parameter.new_empty(self.count, wanted.shape[1], tensor.columns, dtype=tensor.dtype)
         signs = self.plus_minus.to(out.dtype).repeat_interleave(wanted.shape[1] // 2)[:, None]
         edges = torch.tensor([tensor.span(block).start for block in tensor.blocks] + [tensor.rows], device=ids.device)
-        bounds = torch.searchsorted(wanted, edges.expand(self.count, -1).contiguous()).tolist()
+        bounds = torch.searchsorted(wanted, edges.expand(self.count, -1).contiguous()).cpu().tolist()
 
         def work(item: tuple[int, int]) -> None:
             query, block = item
@@ -2397,7 +2410,7 @@ def check_ids(inputs: torch.Tensor, labels: torch.Tensor, vocabulary: int) -> No
     """Raise ValueError, in one line, for token ids that can't be used."""
     if inputs.ndim != 2 or inputs.shape != labels.shape or inputs.shape[1] < 2:
         raise ValueError(f"inputs {list(inputs.shape)} and labels {list(labels.shape)} must be [rows, T], T at least 2")
-    for name, ids in {"inputs": inputs, "labels": labels[labels != IGNORE_INDEX]}.items():
+    for name, ids in {"inputs": inputs, "labels": labels.where(labels != IGNORE_INDEX, 0)}.items():
         if ids.is_floating_point() or bool(((ids < 0) | (ids >= vocabulary)).any()):
             raise ValueError(
                 f"{name} must be whole numbers in [0, {vocabulary}), labels that are left out {IGNORE_INDEX}"
@@ -2879,9 +2892,10 @@ class QueryRule(Rule):
 
     def below(self, ids: torch.Tensor) -> Below | None:
         """Return what the fixed blocks make of sequences; of those of the last call, it is known."""
-        if not self._known or not torch.equal(self._known[0], ids):
+        known = self._known and (self._known[0] is ids or torch.equal(self._known[0], ids))
+        if self.fixed and not known:
             self._known = ids, self.setting.measured.below(ids, self.fixed)
-        return self._known[1]
+        return self._known[1] if self.fixed else None
 
     def own_losses(self, queries: Queries) -> np.ndarray:
         """Return the losses of this rank's queries, float64 [share, 2]; where memory runs out, in smaller groups."""
@@ -3633,6 +3647,12 @@ def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerFast, folder: Path
         raise OSError(first_line(error)) from error
 
 
+def on_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Return an array as a tensor; on its way to CUDA nothing waits for it."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def padded(rows: list[tuple], size: int, fill: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids and labels, int64 [rows, T] each, of prompts with completions, which alone are to be predicted.
 
@@ -3646,7 +3666,7 @@ def padded(rows: list[tuple], size: int, fill: int, device: torch.device) -> tup
         prompt = prompt[max(0, len(prompt) + len(completion) - size) :]
         begin, end = len(prompt), len(prompt) + len(completion)
         own[:begin], own[begin:end], label[begin:end] = prompt, completion, completion
-    return torch.from_numpy(ids).to(device), torch.from_numpy(labels).to(device)
+    return on_device(ids, device), on_device(labels, device)
 
 
 class Corpus:
@@ -3732,7 +3752,7 @@ class Corpus:
         tokens, size = self.tokens[split], self.config.block_size
         if not self.source.examples:
             values = np.stack([tokens[row * size : (row + 1) * size] for row in rows]).astype(np.int64)
-            ids = torch.from_numpy(values).to(self.device)
+            ids = on_device(values, self.device)
             return ids, ids
         return padded(self.examples(split, rows), size, self.tokenizer.eos_token_id, self.device)
 

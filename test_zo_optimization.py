@@ -129,7 +129,7 @@ class Bench(contextlib.ExitStack):
         """The rule of --direction feedback, and a step of it: measure and apply."""
         config = zo.Config(direction="feedback", carry=carry, optimizer=optimizer)
         made = (self.objective, self.objective, self.tensors, None, self.optimizer(optimizer), zo.Ranks())
-        batches = (lambda step: (self.ids, self.ids),) * 2
+        batches = (lambda step: (self.ids, self.ids),) * 3
         rule = zo.Feedback(zo.Setting(config, *made, *batches, lambda step: 1.0), 0)
         return rule, lambda number: rule.finish(rule.measure(number, LEARNING_RATE))
 
