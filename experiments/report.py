@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import math
 import re
 import statistics
 import sys
@@ -120,7 +121,9 @@ def report(folder: str, picture: str | None = None, pattern: str = "") -> None:
 
 
 def machines(size: str, count: int = 64, q: int = 4096) -> None:
-    """Prints what a step of q queries takes on `count` machines: q/count queries and the whole update on each."""
+    """Prints what a step of q queries takes on `count` machines: q/count queries on each, and the update. A low-rank
+    one is made on each; of a dense one each makes a part and sends it, log2(count) times over, at 1 Gbit/s.
+    """
     import reproduce_zo_paper as zo
 
     zo.tune_process()
@@ -156,7 +159,9 @@ def machines(size: str, count: int = 64, q: int = 4096) -> None:
         ):
             query = measuring(zo.Queries(family, 0, 0, group or 1, 1e-3), group)
             update = updating(zo.Queries(family, 0, 0, zo.FACTORS_AT_ONCE if group and "low" in name else 2, 1e-3))
-            one, all_ = q * (query + update), q / count * query + q * update
+            low = "low" in name
+            sent = 0 if low else math.log2(count) * sum(out.nbytes for out in outs) / 1.25e8
+            one, all_ = q * (query + update), q / count * query + q * update / (1 if low else count) + sent
             print(f"| {name} | {query:.3f} | {update:.4f} | {one:.0f} | {all_:.0f} | {one / all_:.1f} |", flush=True)
     print(f"\n{16 * q / count:.0f} bytes of losses leave a machine in a step")
 

@@ -26,6 +26,8 @@ RUNS = {
         },
         **BATCHED,
     },
+    "dense updates shared": {"query_budget_q": 33, "direction": "kronecker", "weight_decay": 0.1, "max_steps": 4},
+    "bfloat16 updates shared": {"query_budget_q": 32, "weights": "bfloat16", "max_steps": 4, **BATCHED},
     "aligned": {"query_budget_q": 4, "direction": "aligned", "rank": 2},
     "feedback, fewer queries than ranks": {"query_budget_q": 1, "direction": "feedback", "optimizer": "adam"},
     "feedback, block": {"query_budget_q": 0, "direction": "feedback", "optimizer": "adam"},
@@ -63,6 +65,22 @@ def test_what_travels_in_a_step_is_what_was_measured(runs):
         assert codes(children) == [0, 0]
         sent = int(re.search(r"rank 0 sent the others (\d+) bytes a step", children[0].output())[1])
         assert sent == 8 * 2 * (q // 2)
+
+
+def test_large_dense_updates_are_made_in_parts_and_others_by_every_rank(tiny_llama, workers):
+    tensors = zo.trainable_tensors(tiny_llama.named_parameters())
+    ranks = zo.Ranks()
+    ranks.size = 3
+
+    def owners(q: int, family: str = "gaussian", optimizer: str = "sgd") -> list:
+        queries = zo.Queries(zo.DIRECTIONS[family](), 0, 0, q, 1e-3)
+        return zo.shared_out(tensors, queries, zo.Optimizer(optimizer, tensors, workers), ranks)
+
+    assert set(owners(50)) == set(owners(64, optimizer="adam")) == {None}
+    assert {owner for t, owner in zip(tensors, owners(64, "lowrank")) if t.parameter.ndim == 2} == {None}
+    sizes = [sum(t.parameter.numel() for t, owner in zip(tensors, owners(64)) if owner == rank) for rank in range(3)]
+    assert sum(sizes) == sum(t.parameter.numel() for t in tensors)
+    assert max(sizes) < 0.5 * sum(sizes)
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
