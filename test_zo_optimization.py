@@ -6,7 +6,6 @@
     pytest test_zo_optimization.py                              a minute; nothing depends on the time
 
     speed           seconds of one step, update included, over those of its forward passes alone; of layerwise's stages
-    ranks           seconds of a step of two processes, a thread each, over those of one; bytes sent
     memory          peak beyond the parameters, by allocator statistics and by the process's resident size
     equivalence     in place against batched, drift of the weights, and the signal-to-noise of c over epsilon
     compatibility   calls without the new arguments, commands without the new flags, models of other kinds
@@ -28,7 +27,6 @@ import multiprocessing
 import os
 import platform
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -48,7 +46,7 @@ import pytest
 import torch
 import transformers
 
-GROUPS = ("speed", "ranks", "memory", "equivalence", "compatibility")
+GROUPS = ("speed", "memory", "equivalence", "compatibility")
 LEARNING_RATE = 1e-7  # an update costs the same at any rate; this one leaves the model where it is
 BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # by this CPU's own instructions; emulated, it says nothing
 
@@ -69,11 +67,11 @@ SMALL_BLOCKS = {"BLOCK_ELEMENTS": {"cpu": 1 << 10}, "BLOCK_ELEMENTS_ACCELERATOR"
 SMALL_BLOCKS |= {"TILE_TOKENS": 16, "TILE_VOCABULARY": 64, "SLAB_VOCABULARY": 64}
 
 
-def sized_model(size: str) -> torch.nn.Module:
+def sized_model(size: str, weights: str = "float32") -> torch.nn.Module:
     """The script's own model of that size."""
     tokenizer = mock.MagicMock(bos_token_id=0, eos_token_id=0)  # benchmarks use random token ids and need no data
     tokenizer.__len__.return_value = 4096 if size == "tiny" else 50257
-    return zo.build_model(zo.Config(model_size=size), tokenizer)
+    return zo.build_model(zo.Config(model_size=size, weights=weights), tokenizer)
 
 
 def small_model(name: str = "Llama", dtype: torch.dtype = torch.float64, **changes) -> torch.nn.Module:
@@ -90,8 +88,11 @@ def small_model(name: str = "Llama", dtype: torch.dtype = torch.float64, **chang
 class Bench(contextlib.ExitStack):
     """A model, its tensors, a batch of random tokens that every query sees, and workers: what a step needs."""
 
-    def __init__(self, model: torch.nn.Module, rows: int, tokens: int, compute_dtype=None, device: str = "cpu"):
+    device = "cpu"  # of the tables
+
+    def __init__(self, model: torch.nn.Module, rows: int, tokens: int, compute_dtype=None, device: str | None = None):
         super().__init__()
+        device = device or self.device
         self.model, self.workers = model.to(device), self.enter_context(zo.Workers(torch.device(device)))
         generator, vocabulary = torch.Generator().manual_seed(0), model.config.vocab_size
         self.ids = torch.randint(vocabulary, (rows, tokens), generator=generator).to(device)
@@ -101,8 +102,9 @@ class Bench(contextlib.ExitStack):
     def queries(self, family: str, q: int, epsilon: float = 1e-3, step: int = 0) -> zo.Queries:
         return zo.Queries(FAMILIES[family](self), 0, step, q, epsilon)
 
-    def grid(self, queries: zo.Queries) -> zo.Grid:  # settles the weights, as a step does before it measures
-        return zo.Grid(self.tensors, queries.epsilon, queries.family.largest, self.workers)
+    def grid(self, queries: zo.Queries) -> zo.Grid | None:  # settles the weights, as a step does before it measures
+        half = any(tensor.parameter.dtype == torch.bfloat16 for tensor in self.tensors)
+        return None if half else zo.Grid(self.tensors, queries.epsilon, queries.family.largest, self.workers)
 
     def losses(self, queries: zo.Queries, group: int = 0, grid: zo.Grid | None = None) -> np.ndarray:
         known = self.objective.below(self.ids, self.fixed)
@@ -163,6 +165,7 @@ def timed(calls: dict[str, Callable[[int], object]], repetitions: int) -> dict[s
         for name in names[number % len(names) :] + names[: number % len(names)]:
             began = time.perf_counter()
             calls[name](number)
+            torch.cuda.synchronize() if torch.cuda.is_available() else None
             seconds[name] += [time.perf_counter() - began] * (number > 0)
     return seconds
 
@@ -176,11 +179,11 @@ def over(one: Sequence[float], other: Sequence[float]) -> float:
 
 FORWARD, TEXTBOOK, IN_PLACE = "2q forward passes alone", "textbook MeZO", "in place, gaussian"
 TARGETS = {  # of the steps that have it in their names
-    "in place": {"/ forward": 1.60},
-    "gaussian": {"/ forward": 1.30, "/ in place": 0.85},
-    "rademacher": {"/ forward": 1.15, "/ in place": 0.85},
+    "in place": {"/ forward": 1.30},
+    "gaussian": {"/ forward": 1.15},
+    "rademacher": {"/ forward": 1.05},
     "kronecker": {"/ forward": 1.10},
-    "lowrank r=1": {"/ forward": 1.03, "/ MeZO": 0.5},
+    "lowrank r=1": {"/ forward": 0.92, "/ MeZO": 0.5},
 }
 
 
@@ -233,6 +236,21 @@ def speed_table(size: str, q: int, repetitions: int, dtype: torch.dtype, rows: i
     return table
 
 
+def weights_table(size: str, q: int, repetitions: int, rows: int, tokens: int) -> list[dict]:
+    """A low-rank step, batched by 4, by the dtypes of weights and computation, over the first."""
+    steps, table, half = {}, [], torch.bfloat16
+    with contextlib.ExitStack() as stack:
+        for weights, dtype in (("float32", torch.float32), ("float32", half), ("bfloat16", half)):
+            b = stack.enter_context(Bench(sized_model(size, weights), rows, tokens, dtype))
+            steps[weights, str(dtype)[6:]] = contenders(b, q)["batched by 4, lowrank r=1"]
+        seconds = timed(steps, repetitions)
+    for (weights, dtype), taken in seconds.items():
+        row = {"weights": weights, "computing": dtype, "seconds": float(np.median(taken))}
+        row["/ float32"] = over(taken, seconds["float32", "float32"])
+        table.append(judged(row, {"/ float32": 0.6} if weights == "bfloat16" and BFLOAT16 else {}))
+    return table
+
+
 def stages_table(size: str, q: int, repetitions: int, rows: int, tokens: int) -> list[dict]:
     """A step of each stage of --scope layerwise, what fixed blocks make of it computed once, over whole passes."""
     table, names = [], (IN_PLACE, "batched by 4, lowrank r=1")
@@ -264,36 +282,6 @@ def profile_table(size: str, q: int, rows: int, tokens: int) -> list[dict]:
             for each in sorted(profile.key_averages(), key=lambda each: -each.self_cpu_time_total)[:6]:
                 row = {"step": name, "operator": each.key, "calls": each.count}
                 table.append(row | {"ms": each.self_cpu_time_total / 1e3})
-    return table
-
-
-RANK_CASES = ("gaussian", "lowrank --parallel_q_computation", "feedback --parallel_q_computation")
-
-
-def rank_run(processes: int, flags: str) -> tuple[float, int, str]:
-    """Seconds of a step (the second and third), bytes that rank 0 sent in one, a digest of the weights at the end."""
-    start = [] if processes == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    with tempfile.TemporaryDirectory() as folder:
-        words = f"{zo.__file__} {flags} --num_threads 1 --log_dir {folder} --max_steps 4 --log_interval 1".split()
-        subprocess.run([sys.executable, *start, *words], stdout=subprocess.DEVNULL, check=True)
-        (run,) = Path(folder).iterdir()
-        at = [float(row["seconds"]) for row in zo.read_metrics(run / "metrics.csv")]
-        sent = re.search(r"sent the others (\d+) bytes a step|$", (run / "train.log").read_text())[1]
-        return (at[3] - at[1]) / 2, int(sent or 0), zo.file_digest(*run.glob("checkpoints/step*/model.safetensors"))
-
-
-def ranks_table(size: str, q: int, repetitions: int, rows: int, tokens: int, cases=RANK_CASES) -> list[dict]:
-    """Two processes with a thread each over one with one: whole commands. bytes: what rank 0 sends in a step."""
-    table = []
-    for case in cases:  # whole commands, one process and two in turn
-        flags = f"--direction {case} --model_size {size} --query_budget_q {q} --batch_size {rows} --block_size {tokens}"
-        runs = [rank_run(count, f"{flags} --max_samples 100 --eval_samples 1") for count in (1, 2) * repetitions]
-        (one, sent, digests), (two, sent, others) = zip(*runs[::2]), zip(*runs[1::2])
-        row = {"step": case, "one process, s": float(np.median(one)), "two, s": float(np.median(two))}
-        row |= {"ratio": over(two, one), "bytes": sent[0]}
-        table.append(
-            judged(row | {"weights": "equal" if len({*digests, *others}) == 1 else "DIFFERENT"}, {"ratio": 0.55})
-        )
     return table
 
 
@@ -335,6 +323,10 @@ def memory_operation(name: str, b: Bench) -> Callable[[], object]:
 
 
 def allocator_peak(operation: Callable[[], object], workers: zo.Workers, threads: int) -> int:
+    if workers.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before, _ = torch.cuda.memory_allocated(), operation()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         operation()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -355,11 +347,11 @@ def resident_peak(operation: Callable[[], object], *_) -> int | float:
     return math.nan  # where the system does not show it
 
 
-def memory_child(size: str, rows: int, tokens: int, threads: int, names: Sequence[str]) -> list[tuple]:
+def memory_child(size: str, rows: int, tokens: int, threads: int, names: Sequence[str], device: str) -> list[tuple]:
     """(name, allocator, resident) of each operation, in MiB, in a fresh process. A tiny model goes first, so that what
     libraries load at first use is charged to nobody; and resident figures, as the profiler leaves holes in the heap.
     """
-    tiny, model = sized_model("tiny"), sized_model(size)
+    tiny, model, Bench.device = sized_model("tiny"), sized_model(size), device
 
     def measured(name: str, measure: Callable, count: int) -> float:
         torch.set_num_threads(count)
@@ -380,7 +372,9 @@ def memory_table(size: str, rows: int, tokens: int, threads: int, names: Sequenc
     """
     settings = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TOP_PAD_": "0"}
     with mock.patch.dict(os.environ, settings), multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.apply(memory_child, (size, rows, tokens, threads, names))  # it gives freed memory back at once
+        found = pool.apply(
+            memory_child, (size, rows, tokens, threads, names, Bench.device)
+        )  # it gives freed memory back at once
     forward = found[2][1]
     bounds = {"in place": forward + 8, "sgd": 8, "sgd, low rank": 8}
     bounds |= dict.fromkeys(("batched by 4", "low rank by 4"), 2 * MEMORY_GROUP * forward + 16)
@@ -495,10 +489,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--full", action="store_true", help="q = 8, 16, 32 and all sizes up to 1B")
     add("--only", nargs="+", choices=GROUPS, default=GROUPS, help="some of the groups")
     add("--profile", action="store_true", help="also show where the milliseconds of a step go")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="of the speed and memory tables (default: cpu)")
     add("--repetitions", **number, default=5, help="of the speed table (default: 5)")
-    add("--rank_repetitions", **number, default=1, help="of the ranks table (default: 1)")
     add("--queries", **number, nargs="+", help="q of the speed table (default: 8)")
-    add("--speed_size", **sizes, default="20M", help="of the speed and ranks tables (default: 20M)")
+    add("--speed_size", **sizes, default="20M", help="of the speed table (default: 20M)")
     add("--sizes", **sizes, nargs="+", help="of the memory table (default: 20M 200M)")
     add("--rows", **number, default=4, help="sequences in the batch (default: 4)")
     add("--tokens", **number, default=128, help="tokens in a sequence (default: 128)")
@@ -512,10 +506,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     asked, tables, info, threads = parse_arguments(argv), {}, Path("/proc/cpuinfo"), torch.get_num_threads()
     zo.quiet_libraries()
+    Bench.device = asked.device
     cpu = re.search(r"model name\s*: *(.*)", info.read_text() if info.exists() else "")
     machine = {"python": platform.python_version(), "torch": torch.__version__, "threads": threads}
     machine |= {"transformers": transformers.__version__, "cpu": cpu[1] if cpu else platform.machine()}
-    machine |= {"bfloat16 hardware": BFLOAT16}
+    machine |= {"bfloat16 hardware": BFLOAT16, "device": asked.device}
     print(", ".join(f"{key} {value}" for key, value in machine.items()), time.strftime("%Y-%m-%d %H:%M:%S"))
 
     def show(table: Callable[..., list[dict]], title: str, *given) -> None:
@@ -528,11 +523,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "speed" in asked.only:
         for dtype, q in itertools.product([torch.float32, torch.bfloat16][: 1 + BFLOAT16], asked.queries):
             show(speed_table, f"Speed, {shape}, q = {q}, {str(dtype)[6:]}, {n} times", size, q, n, dtype, *batch)
+        show(weights_table, f"Weights, {shape}, q = {asked.queries[0]}, {n} times", size, asked.queries[0], n, *batch)
         show(stages_table, f"Stages, {shape}, q = {asked.queries[0]}, {n} times", size, asked.queries[0], n, *batch)
         if asked.profile:
             show(profile_table, f"Profile, {shape}, q = {asked.queries[0]}", size, asked.queries[0], *batch)
-    if "ranks" in asked.only:
-        show(ranks_table, f"Ranks, {shape}, q = 16", size, 16, asked.rank_repetitions, *batch)
     for size in asked.sizes if "memory" in asked.only else ():  # Muon takes minutes a matrix where bfloat16 is emulated
         names = [name for name in MEMORY_OPERATIONS if name != "mudamw" or size in ("tiny", "20M") or BFLOAT16]
         title = f"Memory, {size}, batch {asked.rows} x {asked.memory_tokens}, {threads} threads"
@@ -779,13 +773,9 @@ def test_the_program_writes_what_it_prints(tmp_path, capsys):
     assert [row["step"] for row in rows[:3]] == [FORWARD, TEXTBOOK, IN_PLACE]
     assert len(rows) == 15
     assert [row["block"] for row in written["stages"]] == [0, 1, "mean"]
+    assert [row["weights"] for row in written["weights"]] == ["float32", "float32", "bfloat16"]
     assert all(row["seconds"] > 0 and row["passes"] > 0 and row["step"] in said for row in rows)
     assert {row["step"] for row in written["profile"]} == {row["step"] for row in rows if "feedback" not in row["step"]}
-
-
-def test_the_ranks_table_is_of_equal_runs():
-    (row,) = ranks_table("tiny", 4, 1, 2, 16, RANK_CASES[1:2])
-    assert (row["weights"], row["bytes"], row["ratio"] > 0) == ("equal", 8 * 2 * 2, True)
 
 
 def test_projected_gradients_are_those_of_float64_and_have_a_best_epsilon():

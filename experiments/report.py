@@ -2,6 +2,7 @@
 
     python experiments/report.py runs logs/tiny docs/results.png     groups of runs that differ in their seed alone
     python experiments/report.py runs logs/paper docs/paper.png 'layer_(q8|control|sgd_0.3)'    whose names match
+    python experiments/report.py ranks 20M                           two processes, a thread each, over one with one
     python experiments/report.py machines 1B                         a step on 64 machines, from pieces measured here
 
 A run's name without its date and seed is its group; the tables give the mean over seeds (least to largest).
@@ -11,11 +12,14 @@ from __future__ import annotations
 
 import csv
 import functools
+import hashlib
 import json
 import math
 import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -120,6 +124,35 @@ def report(folder: str, picture: str | None = None, pattern: str = "") -> None:
         draw(groups, Path(picture))
 
 
+def ranks(size: str, q: int = 16, repetitions: int = 1) -> None:
+    """Prints the seconds of a step of two processes with a thread each over those of one, whole commands in turn, the
+    bytes that rank 0 sends in a step, and whether the weights are equal at the end.
+    """
+
+    def step(processes: int, flags: str) -> tuple[float, str, str]:
+        start = [] if processes == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        with tempfile.TemporaryDirectory() as folder:
+            words = f"{ROOT / 'reproduce_zo_paper.py'} {flags} --log_dir {folder}".split()
+            subprocess.run([sys.executable, *start, *words], stdout=subprocess.DEVNULL, check=True)
+            (run,) = Path(folder).iterdir()
+            with open(run / "metrics.csv", newline="") as file:
+                at = [float(row["seconds"]) for row in csv.DictReader(file)]
+            sent = re.search(r"sent the others (\d+) bytes a step|$", (run / "train.log").read_text())[1]
+            (weights,) = run.glob("checkpoints/step*/model.safetensors")
+            return (at[3] - at[1]) / 2, sent or "0", hashlib.sha256(weights.read_bytes()).hexdigest()
+
+    every = f"--model_size {size} --max_samples 100 --eval_samples 1 --max_steps 4 --log_interval 1 --num_threads 1"
+    print("| directions | q | one process, s | two, s | ratio | bytes | weights |\n|---|---|---|---|---|---|---|")
+    low = "lowrank --parallel_q_computation"
+    for case in (f"{low} --query_budget_q {q}", *(f"gaussian --query_budget_q {count}" for count in (q, 2 * q))):
+        runs = [step(count, f"--direction {case} {every}") for count in (1, 2) * repetitions]
+        (one, _, digests), (two, sent, others) = zip(*runs[::2]), zip(*runs[1::2])
+        ratio = statistics.median(b / a for a, b in zip(one, two))
+        equal = "equal" if len({*digests, *others}) == 1 else "DIFFERENT"
+        times = f"{statistics.median(one):.2f} | {statistics.median(two):.2f}"
+        print(f"| {case.split()[0]} | {case.split()[-1]} | {times} | {ratio:.2f} | {sent[0]} | {equal} |", flush=True)
+
+
 def machines(size: str, count: int = 64, q: int = 4096) -> None:
     """Prints what a step of q queries takes on `count` machines: q/count queries on each, and the update. A low-rank
     one is made on each; of a dense one each makes a part and sends it, log2(count) times over, at 1 Gbit/s.
@@ -167,4 +200,4 @@ def machines(size: str, count: int = 64, q: int = 4096) -> None:
 
 
 if __name__ == "__main__":
-    {"runs": report, "machines": machines}[sys.argv[1]](*sys.argv[2:])
+    {"runs": report, "ranks": ranks, "machines": machines}[sys.argv[1]](*sys.argv[2:])
