@@ -657,8 +657,8 @@ def value_faults(config: Config) -> list[str]:
         (c.weights == c.dtype or c.weights == "float32", f"--dtype {c.dtype}: weights in bfloat16 are computed with in "
          "bfloat16; leave it out"),
         (c.weights == "float32" or c.parallel_q_computation or c.adapter_rank or not (c.measures and
-         family.perturbs_weights), "--weights bfloat16: queries in place would move such weights; add "
-         "--parallel_q_computation, which does not write them, or --scope lora:R"),
+         family.perturbs_weights), "--weights bfloat16: queries in place would move such weights; take --scope lora:R" +
+         ", or --parallel_q_computation, which does not write them" * (c.objective in ("loss", "accuracy"))),
         (c.min_lr <= c.learning_rate, f"--min_lr {c.min_lr:g}: must be from 0 to --learning_rate"),
         (not c.use_lr_scheduler or c.warmup_steps < (c.max_steps or sys.maxsize), f"--warmup_steps "
          f"{c.warmup_steps}: as long as the run of {c.max_steps} steps; lower it"),
@@ -1171,12 +1171,18 @@ class Tensor:
         return slice(block * self.block_rows, min(self.rows, (block + 1) * self.block_rows))
 
 
-def trainable_tensors(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[Tensor]:
-    """Return the parameters, numbered, each once; raises ValueError where one can't be perturbed."""
+def trainable_tensors(parameters: Iterable[tuple[str, torch.nn.Parameter]], half: bool = False) -> list[Tensor]:
+    """Return the parameters, numbered, each once; raises ValueError where one can't be perturbed (bfloat16 can where
+    `half`, by batched queries alone).
+    """
     tensors = {}
     for name, parameter in parameters:
-        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-            raise ValueError(f"{name} is {parameter.dtype}: must be float32, float64 or bfloat16; call model.float()")
+        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16 if half else None):
+            raise ValueError(
+                f"{name} is {parameter.dtype}: what is perturbed must be float32 (or float64) masters, since adding "
+                "and removing epsilon*z in half precision moves the weights; call model.float(), and compute in "
+                "bfloat16 instead"
+            )
         if not parameter.is_contiguous():
             raise ValueError(f"{name} is not contiguous in memory; store parameter.data.contiguous() in it")
         tensors.setdefault(id(parameter), Tensor(len(tensors), name, parameter))
@@ -1188,9 +1194,9 @@ def wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def full_precision(logits: torch.Tensor) -> torch.Tensor:
-    """Return logits in float32, or float64 if they are that."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+def full_precision(values: torch.Tensor) -> torch.Tensor:
+    """Return values in float32, or float64 if they are that."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 class Tile(NamedTuple):
@@ -1915,6 +1921,26 @@ class Queries:
         return {tensor.index: self.family.direction(tensor, self.at(query)) for tensor in tensors}
 
 
+def largest_values(units: list[tuple[Tensor, int]], workers: Workers) -> list[float]:
+    """Return the largest |theta| in each block, fetched from the device once; raises FloatingPointError, which names
+    the tensor, where one is not finite.
+    """
+    device = units[0][0].parameter.device
+    largest = torch.empty(len(units), dtype=wide(device), device=device)
+
+    def measure(item: tuple[int, tuple[Tensor, int]]) -> None:
+        at, (tensor, block) = item
+        lowest, highest = torch.aminmax(tensor.matrix[tensor.span(block)])
+        largest[at] = torch.maximum(-lowest, highest)
+
+    workers.each(measure, enumerate(units))
+    values = largest.cpu().tolist()
+    for (tensor, _), value in zip(units, values):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{tensor.name} holds a value that is not finite")
+    return values
+
+
 class Grid:
     """The weights on a grid where theta + epsilon z - 2 epsilon z + epsilon z returns to theta bit for bit.
 
@@ -1930,32 +1956,17 @@ class Grid:
 
     def __init__(self, tensors: list[Tensor], epsilon: float, largest_z: float, workers: Workers):
         if odd := next((tensor for tensor in tensors if tensor.parameter.dtype == torch.bfloat16), None):
-            raise ValueError(
-                f"{odd.name} is bfloat16: what is perturbed in place must be float32 (or float64), since adding and "
-                "removing epsilon*z in half precision moves the weights; call model.float(), or batch the queries"
-            )
+            raise ValueError(f"{odd.name} is bfloat16: what is perturbed in place must be float32 (or float64)")
         self.tensors, self.epsilon, self.workers = tensors, epsilon, workers
         self.margin = 2.0 ** math.ceil(math.log2(epsilon * largest_z))
         self.units = [(tensor, block) for tensor in tensors for block in tensor.blocks]
         self.position = {(tensor.index, block): 0 for tensor, block in self.units}  # in units of epsilon z
-        device = tensors[0].parameter.device
-        largest = torch.empty(len(self.units), dtype=wide(device), device=device)
-
-        def measure(item: tuple[int, tuple[Tensor, int]]) -> None:
-            at, (tensor, block) = item
-            lowest, highest = torch.aminmax(tensor.matrix[tensor.span(block)])
-            largest[at] = torch.maximum(-lowest, highest)
-
-        workers.each(measure, enumerate(self.units))
-        bounds = dict(zip(self.position, largest.cpu().tolist()))  # fetched from the device once
-        self.spacing = {(t.index, block): self._spacing(t, bounds[t.index, block]) for t, block in self.units}
+        largest = largest_values(self.units, workers)
+        self.spacing = {(t.index, block): self._spacing(t, size) for (t, block), size in zip(self.units, largest)}
         workers.each(self._round, self.units)
 
     def _spacing(self, tensor: Tensor, largest: float) -> float:
-        bound = largest + self.margin
-        if not math.isfinite(bound):
-            raise FloatingPointError(f"{tensor.name} holds a value that is not finite")
-        return 2.0 ** math.ceil(math.log2(bound)) * torch.finfo(tensor.dtype).eps / 2
+        return 2.0 ** math.ceil(math.log2(largest + self.margin)) * torch.finfo(tensor.dtype).eps / 2
 
     def _round(self, unit: tuple[Tensor, int]) -> None:
         tensor, block = unit
@@ -2034,7 +2045,7 @@ def sequential_losses(
                 losses.append(objective.losses(*seen))
         finally:
             grid.move(directions, 0)
-    return torch.stack(losses).view(-1, 2).cpu().numpy()  # fetched from the device once
+    return torch.stack(losses).view(-1, 2).cpu().double().numpy()  # fetched from the device once
 
 
 def untouchable_tensor() -> type:
@@ -2286,10 +2297,17 @@ def batched_losses(
         ids, labels, below = zip(*(batch(query) for query in part))
         rows, tokens = ids[0].shape
         if 2 * len(part) * rows == tokens:  # modules tell rows from tokens by their numbers
-            if len(part) == 1:
+            if len(part) > 1:
+                losses.append(batched_losses(objective, tensors, batch, queries, part, len(part) - 1))
+                continue
+            most = getattr(objective.model.config, "max_position_embeddings", None) or math.inf
+            if objective.loss_fn is not None or tokens >= most:
                 raise CannotBatch("a query has as many rows as tokens")
-            losses.append(batched_losses(objective, tensors, batch, queries, part, len(part) - 1))
-            continue
+            tokens += 1  # one more, which nothing that counts sees
+            ids, labels = (
+                [torch.nn.functional.pad(x, (0, 1), value=v) for x in xs] for xs, v in ((ids, 0), (labels, -100))
+            )
+            below = [own and Below(own.count, torch.nn.functional.pad(own.states, (0, 0, 0, 1))) for own in below]
         twice = [torch.cat([own for own in each for _ in (1, -1)]) for each in (ids, labels)]
         first = below[0]
         known = first and Below(first.count, torch.cat([own.states for own in below for _ in (1, -1)]))
@@ -2341,6 +2359,7 @@ def store(out: torch.Tensor, values: torch.Tensor, *coordinates: int) -> None:
         bits = torch.empty(values.shape, dtype=torch.int32, device=values.device)
         seed, *rest = coordinates
         bits.random_(0, 2**16, generator=stream(values.device, seed, PURPOSE_ROUNDING, *rest))
+        bits.mul_(values.isfinite())  # some NaN would become 0
         values.view(torch.int32).add_(bits).bitwise_and_(-(2**16))
     out.copy_(values)
 
@@ -2889,9 +2908,11 @@ class QueryRule(Rule):
 
     def settle(self) -> None:
         """Put the weights on the grid of the next step: every checkpoint is on it."""
+        workers = self.setting.objective.workers
         if self.in_place:
-            workers = self.setting.objective.workers
             self.grid = Grid(self.tensors, self.config.epsilon, self.bent(self.family).largest, workers)
+        else:
+            largest_values([(tensor, block) for tensor in self.tensors for block in tensor.blocks], workers)
 
     def measure(self, step: int, rate: float) -> Record:
         queries, family = self.look(step), self.look(step).family
@@ -2976,7 +2997,9 @@ class QueryRule(Rule):
                 f"the first {self.fixed} blocks are fixed: what they make of a batch is computed once, for all queries"
             )
         if config.kind.guided:
-            lines.append(f"guide: one gradient is kept, {self.dimension * 4 / 2**20:.1f} MiB")
+            lines.append(
+                f"guide: one gradient is kept, {sum(t.parameter.nbytes for t in self.tensors) / 2**20:.1f} MiB"
+            )
         lines.append(family.about(config.query_budget_q, self.dimension))
         stable = family.stable_rate(config.query_budget_q, self.dimension)
         if self.setting.optimizer.name == "sgd" and config.learning_rate > 1e4 * stable:
@@ -2999,7 +3022,8 @@ class QueryRule(Rule):
 
 def cosine(one: Iterable[torch.Tensor], other: Iterable[torch.Tensor]) -> float:
     """Return the cosine of two series of tensors as one vector each; NaN where one is zero."""
-    dots = [[(a * b).sum().double().item() for a, b in ((x, y), (x, x), (y, y))] for x, y in zip(one, other)]
+    pairs = ((full_precision(x), full_precision(y)) for x, y in zip(one, other))
+    dots = [[(a * b).sum().double().item() for a, b in ((x, y), (x, x), (y, y))] for x, y in pairs]
     inner, first, second = map(sum, zip(*dots))
     return inner / math.sqrt(first * second) if first * second > 0 else math.nan
 
@@ -3262,7 +3286,7 @@ class Feedback(Rule):
 
     def measure(self, step: int, rate: float) -> Record:
         look = self.look(step)
-        norm = math.hypot(*(torch.linalg.vector_norm(g).item() for g in look.gradients.values()))
+        norm = math.hypot(*(torch.linalg.vector_norm(full_precision(g)).item() for g in look.gradients.values()))
         finite(step, loss=look.loss, error_at_the_output=torch.linalg.vector_norm(look.e).item(), gradient=norm)
         if look.delta0 is not None:
             finite(step, error_at_the_embedding=torch.linalg.vector_norm(look.delta0).item())
@@ -4014,6 +4038,32 @@ class Adapted(torch.nn.Module):
         return self.base.weight + (product if isinstance(self.base, torch.nn.Linear) else product.T)
 
 
+class WideLookup(torch.autograd.Function):
+    """Rows of an embedding's bfloat16 weight, in float32, whose gradient is summed in float32: a bfloat16 sum stops
+    growing after some hundred tokens of one kind.
+    """
+
+    @staticmethod
+    def forward(context, ids: torch.Tensor, weight: torch.Tensor, padding: int | None) -> torch.Tensor:
+        context.save_for_backward(ids)
+        context.shape, context.dtype, context.padding = weight.shape, weight.dtype, padding
+        return weight[ids].float()
+
+    @staticmethod
+    def backward(context, gradient: torch.Tensor) -> tuple:
+        (ids,) = context.saved_tensors
+        total = torch.zeros(context.shape, device=gradient.device)
+        total.index_add_(0, ids.flatten(), gradient.flatten(0, -2).float())
+        if context.padding is not None:
+            total[context.padding] = 0.0
+        return None, total.to(context.dtype), None
+
+
+def looked_up(module: torch.nn.Embedding, given: tuple, out: torch.Tensor) -> torch.Tensor:
+    """Return what an embedding gives in float32: a forward hook."""
+    return WideLookup.apply(given[0], module.weight, module.padding_idx) if out.requires_grad else out.float()
+
+
 def lowered(model: torch.nn.Module) -> torch.nn.Module:
     """Return a model with its vectors and what embeddings give in float32, whatever its matrices are stored in: vectors
     are few, and a norm's weight of about 1 would be rounded by more than epsilon.
@@ -4023,7 +4073,7 @@ def lowered(model: torch.nn.Module) -> torch.nn.Module:
             parameter.data = parameter.data.float()
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
-            module.register_forward_hook(lambda module, given, out: out.float())
+            module.register_forward_hook(looked_up)
     return model
 
 
@@ -4098,6 +4148,15 @@ def loaded_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         reason = f"no causal language model that loads from safetensors: {first_line(error)}"
         raise UsageError(f"--init_from {name}: {reason}") from error
+    if config.weights != "float32":
+        vectors, folder = (
+            dict(model.named_parameters()),
+            Path(transformers.utils.cached_file(name, "config.json")).parent,
+        )
+        for path in folder.glob("*.safetensors"):  # norms as they are, not rounded
+            with safetensors.safe_open(path, "pt") as file:
+                for key in {key for key, value in vectors.items() if value.ndim < 2} & set(file.keys()):
+                    vectors[key].data = file.get_tensor(key).float()
     rows = model.get_input_embeddings().weight.shape[0]
     positions = getattr(model.config, "max_position_embeddings", MAX_POSITIONS)
     if len(tokenizer) > rows:
@@ -4188,7 +4247,7 @@ def choose_scope(model: torch.nn.Module, scope: str) -> list[Tensor]:
     kept = {id(parameter) for module in modules for parameter in module.parameters()}
     for parameter in model.parameters() if scope != "full" else ():
         parameter.requires_grad_(id(parameter) in kept)
-    return trainable_tensors((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return trainable_tensors(((name, p) for name, p in model.named_parameters() if p.requires_grad), half=True)
 
 
 def outer_parameters(model: torch.nn.Module) -> set[int]:
@@ -4368,14 +4427,15 @@ def validation_score(metric: Objective, corpus: Corpus) -> float:
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 48, 0.8
 
 
-def sample(model: torch.nn.Module, corpus: Corpus, prompt: str, step: int) -> str:
+def sample(objective: Objective, corpus: Corpus, prompt: str, step: int) -> str:
     """Return the prompt and its continuation: tokens drawn one by one, a function of (seed, step) and the weights."""
     tokenizer, device, size = corpus.tokenizer, corpus.device, corpus.config.block_size
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
     generator = stream(torch.device("cpu"), corpus.config.seed, PURPOSE_SAMPLE, step)
     for _ in range(SAMPLE_TOKENS):
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids[-size:]], device=device), use_cache=False).logits[0, -1].cpu()
+        with torch.no_grad(), objective.quiet():
+            given = torch.tensor([ids[-size:]], device=device)
+            logits = objective.model(input_ids=given, use_cache=False).logits[0, -1].cpu()
         odds = torch.softmax(full_precision(logits)[: len(tokenizer)] / SAMPLE_TEMPERATURE, 0)
         ids.append(int(torch.multinomial(odds, 1, generator=generator)))
         if ids[-1] == tokenizer.eos_token_id:
@@ -5216,6 +5276,7 @@ class Account:
                 facts |= {"projected_grad_mean": f"{c.mean():.6g}", "projected_grad_std": f"{c.std():.6g}"}
         if validated:
             loss = validation_loss(job.objective, job.corpus)
+            finite(done, validation_loss=loss)
             facts |= {"val_loss": f"{loss:.6f}", "val_bits_per_byte": f"{job.corpus.bits_per_byte(loss):.6f}"}
             score = None if job.metric is job.objective else validation_score(job.metric, job.corpus)
             facts |= {} if score is None else {"val_score": f"{score:.6f}"}
@@ -5276,7 +5337,7 @@ class Account:
 
     def sample(self) -> None:
         """Say what the model makes of --prompt."""
-        text = sample(self.job.model, self.job.corpus, self.config.prompt, self.job.done)
+        text = sample(self.job.objective, self.job.corpus, self.config.prompt, self.job.done)
         log.info(f"sample after step {self.job.done}: {json.dumps(text, ensure_ascii=False)}")
 
     def close(self) -> None:

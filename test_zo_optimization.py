@@ -96,7 +96,7 @@ class Bench(contextlib.ExitStack):
         self.model, self.workers = model.to(device), self.enter_context(zo.Workers(torch.device(device)))
         generator, vocabulary = torch.Generator().manual_seed(0), model.config.vocab_size
         self.ids = torch.randint(vocabulary, (rows, tokens), generator=generator).to(device)
-        self.tensors = zo.trainable_tensors(model.named_parameters())
+        self.tensors = zo.trainable_tensors(model.named_parameters(), half=True)
         self.objective, self.fixed = zo.Objective(model, self.workers, compute_dtype), 0
 
     def queries(self, family: str, q: int, epsilon: float = 1e-3, step: int = 0) -> zo.Queries:
