@@ -67,7 +67,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, NoReturn
 
 
 class _Lazy:
@@ -443,7 +443,7 @@ class Config:
         own, of_hub = (columns, not self.without_eos), (self.dataset_config, self.dataset_split)
         sources = [Source("--dataset", self.dataset, self.max_samples, *own, *of_hub)]
         if self.bp_dataset is not None:
-            sources.append(Source("--bp_dataset", self.bp_dataset, self.bp_max_samples, *own))
+            sources.append(Source("--bp_dataset", self.bp_dataset, self.bp_max_samples, columns[:2], own[1]))
         return sources
 
     @property
@@ -462,7 +462,8 @@ class Config:
         default["learning_rate"] = Config(**chosen).learning_rate
         default["carry"] = Config(**chosen, query_budget_q=self.query_budget_q).carry
         shaping = [f for f in FIELDS.values() if not {"free", "action"} & f.metadata.keys() or f.name in also]
-        used = [f.name for f in shaping if "needs" not in f.metadata or NEEDS[f.metadata["needs"]][0](self)]
+        needed = {f.name: f.metadata.get("needs") for f in shaping}
+        used = [name for name, need in needed.items() if need in (None, *OF_METRIC) or NEEDS[need][0](self)]
         return {name: getattr(self, name) for name in used if getattr(self, name) != default[name]}
 
     identity = property(lambda self: flags_digest(self.changed()), doc="A digest that journal and checkpoints carry.")
@@ -508,6 +509,9 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "replay": (lambda c: c.replay is not None, "--replay"),
 }
 # fmt: on
+
+
+OF_METRIC = ("choice", "continuations")  # what these need may come and go on a resume, and the run's identity must not
 
 
 def flags_digest(flags: dict) -> str:
@@ -3536,14 +3540,21 @@ class Example(NamedTuple):
         return (self.prompt, self.completion, *self.options)
 
 
+def exit_without(named: str, column: str, row: dict, how: str) -> NoReturn:
+    """Raise UsageError for a column that is not there."""
+    raise UsageError(f"{named}: no column {column!r}; its columns are {', '.join(row)}; choose with {how}")
+
+
 def content(source: Source, number: int, row: dict) -> str | Example:
     """Return the text of a row, or its example; raises UsageError, which names the row, where it has none."""
     named, columns, options = f"{source.flag} {source.name}", source.columns[:2], ()
     how = "--prompt_column, --completion_column" if source.examples else "--text_column"
     for column in source.columns[2:]:
-        options = row.get(column)
-        if not isinstance(options, list) or {type(option) for option in options} != {str} or len(set(options)) < 2:
-            raise UsageError(f"{named}: row {number}: no list of two or more texts in the column {column!r} of options")
+        options = row.get(column) if column in row else exit_without(named, column, row, "--options_column")
+        texts = {option for option in options if isinstance(option, str)} if isinstance(options, list) else set()
+        if len(texts) < 2 or not all(isinstance(option, str) and option.strip() for option in options):
+            shown = json.dumps(options, default=str)[:40]
+            raise UsageError(f"{named}: row {number}: no list of two or more texts in the column {column!r}: {shown}")
     if source.examples and isinstance(row.get(columns[1]), list) and isinstance(row.get(columns[0], []), list):
         messages = row.get(columns[0], []) + row[columns[1]]
         if all(isinstance(m, dict) and {str} == {type(m.get(key)) for key in ("role", "content")} for m in messages):
@@ -3551,8 +3562,12 @@ def content(source: Source, number: int, row: dict) -> str | Example:
         raise UsageError(f"{named}: row {number}: messages must have a role and a content, both texts")
     for column in columns:
         if column not in row:
-            how += "" if source.examples else " (or, for prompts with completions, --completion_column)"
-            raise UsageError(f"{named}: no column {column!r}; its columns are {', '.join(row)}; choose with {how}")
+            exit_without(
+                named,
+                column,
+                row,
+                how + " (or, for prompts with completions, --completion_column)" * (not source.examples),
+            )
         if not isinstance(value := row[column], str | None):
             what = f"{json.dumps(value, default=str)[:40]} ({type(value).__name__}) in column {column!r}, not text"
             raise UsageError(f"{named}: row {number} holds {what}; mend it, or choose with {how}")
@@ -3563,8 +3578,11 @@ def content(source: Source, number: int, row: dict) -> str | Example:
 def checked(example: Example, named: str) -> Example:
     """Return an example; raises UsageError where it has options and its completion is none of them."""
     completion = example.messages[-1]["content"] if example.messages else example.completion
-    if example.options and completion not in example.options:
-        raise UsageError(f"{named}: row {example.row}: the completion {completion[:40]!r} is none of its options")
+    if example.options and completion.strip() and completion not in example.options:  # blank ones are left out
+        shown = ", ".join(repr(option[:40]) for option in example.options[:4])
+        raise UsageError(
+            f"{named}: row {example.row}: the completion {completion[:40]!r} is none of its options: {shown}"
+        )
     return example
 
 
@@ -3751,6 +3769,29 @@ class Corpus:
                 what, row = ("completion" if at < len(index) else "option"), np.concatenate([index[:, 3], rows])[at]
                 long = f"the {what} in row {row} has {lengths[at]} tokens, too many for --block_size {size}"
                 raise UsageError(f"{source.flag} {source.name}: {long}; raise that, or shorten or leave out the row")
+            self._check_rows(split)
+
+    def _check_rows(self, split: str) -> None:
+        """Raise UsageError, which names the row, where nothing is predicted, or options are no choice."""
+        index, named = self.index[split], f"{self.source.flag} {self.source.name}: row"
+        begins, answers, ends, rows, _ = index.T
+        for row in rows[ends - np.maximum(answers, begins + 1) < 1][:1]:  # a sequence's first token is not predicted
+            raise UsageError(f"{named} {row}: one token in all, of which nothing can be predicted; give it a prompt")
+        for at in range(len(index) if len(self.spans[split]) else 0):
+            options = set(self.options(split, at))
+            if begins[at] == answers[at] or len(options) < 2:
+                what = "has no prompt" if begins[at] == answers[at] else "has options that are the same as tokens"
+                raise UsageError(f"{named} {rows[at]} {what}: they can't be compared; mend it or leave it out")
+            self._refuse_beginnings(options, f"{named} {rows[at]}")
+
+    def _refuse_beginnings(self, options: Iterable[tuple[int, ...]], where: str) -> None:
+        """Raise UsageError where an option begins with another, which would always have the lower loss."""
+        for one, other in itertools.pairwise(sorted(options)):
+            if other[: len(one)] == one:
+                texts = " and ".join(repr(self.tokenizer.decode(each)) for each in (one, other))
+                raise UsageError(
+                    f"{where}: of {texts} the shorter one always has the lower loss; leave out --without_eos"
+                )
 
     def _open(self, split: str) -> np.ndarray:
         count, dtype = self.about["tokens"][split], np.dtype(self.about["dtype"])
@@ -3821,6 +3862,7 @@ class Corpus:
             few = f"accuracy is of a choice between 2 to {MOST_OPTIONS} completions, and {len(found)} occur"
             advice = "name --options_column, or take exact_match"
             raise UsageError(f"{self.source.flag} {self.source.name}: {few}; {advice}")
+        self._refuse_beginnings(found, f"{self.source.flag} {self.source.name}")
         return sorted(found)
 
     @functools.cached_property
@@ -3968,7 +4010,7 @@ def write_corpus(config: Config, source: Source, given, folder: Path) -> None:
                 np.array(line).tofile(opened[f"{split}.index"])
             elif source.examples:
                 np.array([before, before + len(tokens)]).tofile(opened[f"{split}.options"])
-            if split == "train":
+            if split == "train" and (number < 2 or not source.examples):  # not an option
                 frequencies += np.bincount(tokens, minlength=len(tokenizer))
             counts["tokens"][split] += len(tokens)
             counts["documents"][split] += last
@@ -4079,18 +4121,24 @@ def lowered(model: torch.nn.Module) -> torch.nn.Module:
 
 def add_adapters(model: torch.nn.Module, config: Config) -> None:
     """Put an adapter beside every targeted layer of the blocks; raises UsageError where there is none."""
-    targets, inside = config.lora_targets.split(","), set(decoder_blocks(model).modules())
+    targets, inside = {word.strip() for word in config.lora_targets.split(",")}, set(decoder_blocks(model).modules())
     linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     layers = [(name, m) for name, m in model.named_modules() if m in inside and isinstance(m, linear)]
     names = {name.rpartition(".")[2] for name, _ in layers}
-    if odd := sorted(set(targets) - names):
+    if odd := sorted(targets - names):
         known = f"the blocks' layers are {', '.join(sorted(names))}"
-        raise UsageError(f"--lora_targets {config.lora_targets}: no layer of a block is named {odd[0]}; {known}")
+        raise UsageError(f"--lora_targets {config.lora_targets}: no layer of a block is named {odd[0]!r}; {known}")
     for index, (name, layer) in enumerate(layers):
         parent, _, own = name.rpartition(".")
         if own in targets:
             generator = stream(torch.device("cpu"), config.seed, PURPOSE_INIT, index)
             setattr(model.get_submodule(parent), own, Adapted(layer, config.adapter_rank, generator))
+    try:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
+    except AttributeError as error:
+        told = f"{type(model).__name__} reads a layer's weight without calling it ({first_line(error)}); leave it out"
+        raise UsageError(f"--lora_targets {config.lora_targets}: {told}") from error
 
 
 def adapters(model: torch.nn.Module) -> dict[str, Adapted]:
@@ -4110,9 +4158,10 @@ def save_model(model: torch.nn.Module, folder: Path) -> None:
     if not (adapted := adapters(model)):
         model.save_pretrained(folder)
         return
-    first, names = next(iter(adapted.values())), {name.rpartition(".")[2] for name in adapted}
-    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.name_or_path}
-    about |= {"r": first.lora_A.out_features, "lora_alpha": first.lora_A.out_features, "target_modules": sorted(names)}
+    first, base = next(iter(adapted.values())), model.name_or_path
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    about |= {"r": first.lora_A.out_features, "lora_alpha": first.lora_A.out_features, "target_modules": [*adapted]}
     about |= {"lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": not isinstance(first.base, torch.nn.Linear)}
     (folder / "adapter_config.json").write_text(json.dumps(about, indent=1), "utf-8")
     tensors = {name: parameter.detach().contiguous() for name, parameter in kept_parameters(model).items()}
@@ -4129,7 +4178,9 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
 
 
 def save_merged(model: torch.nn.Module, folder: Path) -> None:
-    """Write a Hugging Face model folder in which adapters are part of the weights."""
+    """Write a Hugging Face model folder in which adapters are part of the weights, in float32: in bfloat16 most of what
+    they add would be rounded away.
+    """
     adapted, state = adapters(model), model.state_dict()
     for name, module in adapted.items():
         for key in [key for key in state if key.startswith(f"{name}.")]:
@@ -4137,17 +4188,24 @@ def save_merged(model: torch.nn.Module, folder: Path) -> None:
             if kind.startswith("base."):
                 merged = module.merged.detach() if kind == "base.weight" else value
                 state[f"{name}.{kind.removeprefix('base.')}"] = merged
-    model.save_pretrained(folder, state_dict=state)
+    model.save_pretrained(folder, state_dict={name: value.float() for name, value in state.items()})
+    about = read_json(folder / "config.json") | {"dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(about, indent=2), "utf-8")
 
 
 def loaded_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast) -> torch.nn.Module:
     """Return the model of --init_from, from safetensors, running no code of its own; raises UsageError."""
     name, safe = config.init_from, {"use_safetensors": True, "trust_remote_code": False}
+    adapter = f"--init_from {name}: an adapter, not a model; name one that it is merged into (--export_dir does it)"
+    if (Path(name) / "adapter_config.json").is_file():
+        raise UsageError(adapter)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, config.weights), **safe)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         reason = f"no causal language model that loads from safetensors: {first_line(error)}"
         raise UsageError(f"--init_from {name}: {reason}") from error
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers loads a hub's adapter, if peft is there
+        raise UsageError(adapter)
     if config.weights != "float32":
         vectors, folder = (
             dict(model.named_parameters()),
@@ -4610,7 +4668,9 @@ class RunDirectory:
         if not path.exists():
             self.write(name, facts)
         elif (begun := read_json(path)) != facts:
-            raise UsageError(f"{path}: not what the run began with (it was {begun}, it is {facts})")
+            odd = [key for key in {**begun, **facts} if begun.get(key) != facts.get(key)]
+            told = "; ".join(f"{key} was {begun.get(key)}, is {facts.get(key)}" for key in odd)
+            raise UsageError(f"{path}: not what the run began with ({told})")
 
     def add_row(self, row: dict[str, str]) -> None:
         """Append a row to metrics.csv, or put it where damage has left a gap."""
@@ -5436,7 +5496,7 @@ def restore(job: Job) -> None:
             job.done, job.stage, job.forward_tokens = about["step"], about["stage"], about["forward_tokens"]
             job.data_tokens = about.get("data_tokens", job.done * job.config.batch_size * job.config.block_size)
             break
-        except (LookupError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, OSError, safetensors.SafetensorError) as error:
             raise UsageError(f"{folder}: does not fit this run ({first_line(error)})") from error
     if journal.damaged:
         log.warning(f"{journal.path}: {journal.damaged} damaged records, of no use")

@@ -2,6 +2,7 @@
 
     python experiments/report.py runs logs/tiny docs/results.png     groups of runs that differ in their seed alone
     python experiments/report.py runs logs/paper docs/paper.png 'layer_(q8|control|sgd_0.3)'    whose names match
+    python experiments/report.py tasks logs/tasks                    what runs with --eval_metric reached
     python experiments/report.py ranks 20M                           two processes, a thread each, over one with one
     python experiments/report.py machines 1B                         a step on 64 machines, from pieces measured here
 
@@ -124,6 +125,22 @@ def report(folder: str, picture: str | None = None, pattern: str = "") -> None:
         draw(groups, Path(picture))
 
 
+def tasks(folder: str) -> None:
+    """Prints, of every run, the steps and forward tokens it took, its score and loss at the start and end, the best
+    score, and the peak of the process's memory.
+    """
+    print("| run | steps | forward tokens | score: start, best, last | loss: start, last | MiB |")
+    print("|---|---|---|---|---|---|")
+    for path in sorted(Path(folder).glob("*/finished.json")):
+        with open(path.parent / "metrics.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["val_score"]]
+        first, last, best = rows[0], rows[-1], max(float(row["val_score"]) for row in rows)
+        scores = f"{float(first['val_score']):.3f}, {best:.3f}, {float(last['val_score']):.3f}"
+        losses = f"{float(first['val_loss']):.2f}, {float(last['val_loss']):.2f}"
+        tokens, memory = f"{int(last['forward_tokens']) / 1e3:.0f}k", max(float(row["peak_memory_mib"]) for row in rows)
+        print(f"| {Run(path.parent).name} | {last['step']} | {tokens} | {scores} | {losses} | {memory:.0f} |")
+
+
 def ranks(size: str, q: int = 16, repetitions: int = 1) -> None:
     """Prints the seconds of a step of two processes with a thread each over those of one, whole commands in turn, the
     bytes that rank 0 sends in a step, and whether the weights are equal at the end.
@@ -200,4 +217,4 @@ def machines(size: str, count: int = 64, q: int = 4096) -> None:
 
 
 if __name__ == "__main__":
-    {"runs": report, "ranks": ranks, "machines": machines}[sys.argv[1]](*sys.argv[2:])
+    {"runs": report, "tasks": tasks, "ranks": ranks, "machines": machines}[sys.argv[1]](*sys.argv[2:])

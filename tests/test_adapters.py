@@ -1,6 +1,7 @@
 """--scope lora:R: what is trained, peft's file format, merged export, resume, replay, ranks."""
 
 import json
+from pathlib import Path
 
 import harness
 import pytest
@@ -57,7 +58,8 @@ def test_an_exported_adapter_is_what_peft_expects(runs, saved):  # noqa: F811
     runs.train(**flags(saved(), **LORA, max_steps=3, export_dir=out, export_adapter=True, export_best=True))
     about = json.loads((out / "adapter_config.json").read_text())
     assert (about["r"], about["lora_alpha"], about["peft_type"]) == (2, 2, "LORA")
-    assert about["target_modules"] == ["q_proj", "v_proj"]
+    assert about["target_modules"] == [f"model.layers.{at}.self_attn.{x}_proj" for at in (0, 1) for x in "qv"]
+    assert Path(about["base_model_name_or_path"]).is_absolute()
     assert "library_name: peft" in (out / "README.md").read_text()
     assert not (out / "model.safetensors").exists()
     named = {
@@ -124,12 +126,36 @@ def test_what_has_no_sense_is_refused(runs, saved, failure):  # noqa: F811
     folder = saved("GPT2")
     code, line = failure(runs.code, **flags(folder, **LORA))
     assert code == 2
-    assert (
-        "--lora_targets q_proj,v_proj: no layer of a block is named q_proj; the blocks' layers are c_attn, c_fc, c_proj"
-        in line
-    )
+    assert "no layer of a block is named 'q_proj'; the blocks' layers are c_attn, c_fc, c_proj" in line
     assert "adapters are for a trained model" in failure(runs.code, **LORA)[1]
     assert "--lora_targets: has no effect without --scope lora:R" in failure(runs.code, lora_targets="q_proj")[1]
     assert (
         "must be full, head" in failure(runs.code, scope="lora:0", init_from=folder, model_size=None, tokenizer=None)[1]
     )
+    run = runs.train(**flags(saved(), **LORA, max_steps=1))
+    code, line = failure(runs.code, "again", **flags(harness.last_checkpoint(run)))
+    assert code == 2
+    assert "an adapter, not a model; name one that it is merged into" in line
+
+
+def test_a_layer_whose_weight_is_read_without_a_call_is_refused(workers):
+    shape = {"vocab_size": 61, "hidden_size": 24, "state_size": 4, "num_hidden_layers": 1, "time_step_rank": 2}
+    with torch.random.fork_rng(devices=[]):
+        model = transformers.MambaForCausalLM(transformers.MambaConfig(**shape))
+    config = zo.Config(init_from=".", scope="lora:2", lora_targets="dt_proj")
+    with pytest.raises(zo.UsageError, match="MambaForCausalLM reads a layer's weight without calling it"):
+        zo.add_adapters(model, config)
+
+
+def test_adapters_merged_into_bfloat16_weights_are_exported_in_float32(runs, saved):  # noqa: F811
+    """With a rate so small that bfloat16 would lose what they add."""
+    folder, out = saved(), runs.folder / "out"
+    given = flags(folder, **LORA | {"learning_rate": 1e-4}, max_steps=3, weights="bfloat16", export_dir=out)
+    run = runs.train(**given)
+    adapter = load_file(harness.last_checkpoint(run) / "adapter_model.safetensors")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float().state_dict()
+    found = loaded(out).state_dict()
+    name = "model.layers.0.self_attn.q_proj"
+    a, b = (adapter[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+    assert torch.allclose(found[f"{name}.weight"] - base[f"{name}.weight"], b @ a, rtol=1e-3, atol=1e-8)
+    assert found[f"{name}.weight"].dtype == torch.float32

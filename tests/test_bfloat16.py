@@ -132,7 +132,10 @@ def test_bfloat16_weights_are_not_perturbed_in_place(runs, workers, failure):
     with pytest.raises(ValueError, match="what is perturbed must be float32"):
         zo.zo_step(model.named_parameters(), lambda: 0.0, 1, 1e-3, 1e-3)
     line = failure(runs.code, weights="bfloat16")[1]
-    assert "--weights bfloat16: queries in place would move such weights; take --scope lora:R, or --parallel_q_comp" in line
+    assert (
+        "--weights bfloat16: queries in place would move such weights; take --scope lora:R, or --parallel_q_comp"
+        in line
+    )
     assert (
         "--dtype float32: weights in bfloat16 are computed with in bfloat16"
         in failure(runs.code, **HALF, dtype="float32")[1]

@@ -232,13 +232,14 @@ def test_every_example_is_shown_with_its_own_options_first_its_completion(runs, 
 @pytest.mark.parametrize(
     ("broken", "says"),
     [
-        ({"choices": [" a"]}, "row 7: no list of two or more texts in the column 'choices'"),
+        ({"choices": [" a"]}, "row 7: no list of two or more texts in the column 'choices': [\" a\"]"),
+        ({"choices": [" small 6", ""]}, "row 7: no list of two or more texts"),
         ({"choices": None}, "row 7: no list of two or more texts"),
         ({"choices": [" a", 3]}, "row 7: no list of two or more texts"),
         ({"choices": [" a", " b"]}, "row 7: the completion ' small 6' is none of its options"),
         ({"choices": [" small 6", " large" * 60]}, "the option in row 7 has 61 tokens, too many for --block_size 32"),
     ],
-    ids=["one", "none", "number", "other", "long"],
+    ids=["one", "blank", "none", "number", "other", "long"],
 )
 def test_options_that_can_not_be_used_name_their_row(runs, tmp_path, failure, broken, says):
     content = choices()
@@ -272,3 +273,75 @@ def test_a_completion_may_go_without_an_end_of_text(runs, flags):
         assert torch.equal(ids[:, :-1], own)
         assert torch.equal(labels[:, :-1], own_labels)
     assert with_end.about["predicted"]["train"] - without.about["predicted"]["train"] == with_end.blocks
+
+
+ROWS = [{"question": f"{n}:", "answer": f" {'ab'[n % 2]}"} for n in range(80)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "given", "says"),
+    [
+        (
+            {"question": "", "answer": "x"},
+            {"without_eos": True},
+            "row 8: one token in all, of which nothing can be predicted",
+        ),
+        (
+            {"answer": " a a"},
+            {"without_eos": True, "eval_metric": "accuracy"},
+            "of ' a' and ' a a' the shorter one always",
+        ),
+        (
+            {},
+            {"options_column": "chioces", "eval_metric": "accuracy"},
+            "no column 'chioces'; its columns are question, answer",
+        ),
+        (
+            {"question": ""},
+            {"options_column": "own", "eval_metric": "accuracy"},
+            "row 8 has no prompt: they can't be compared",
+        ),
+        (
+            {"own": [" b", " b b"]},
+            {"options_column": "own", "eval_metric": "accuracy", "without_eos": True},
+            "row 8: of ' b' and",
+        ),
+    ],
+    ids=["one token", "beginning", "column", "prompt", "own beginning"],
+)
+def test_what_can_not_be_measured_is_refused(runs, tmp_path, failure, changed, given, says):
+    content = [row | {"own": [" a", " b"]} for row in ROWS] if given.get("options_column") == "own" else [*ROWS]
+    content[7] = content[7] | changed
+    flags = COLUMNS | {"dataset": write(tmp_path / "rows.jsonl", content), "block_size": 32, "max_samples": 1000}
+    code, line = failure(runs.code, **flags, **given)
+    assert code == 2
+    assert says in line
+
+
+def test_options_that_are_the_same_as_tokens_are_refused(runs, tmp_path, failure):
+    """A template that strips what it is given makes one of two."""
+    user = {"role": "user", "content": "which?"}
+    chat = [user, {"role": "assistant", "content": "left"}]
+    tokenizer = zo.wrapped_tokenizer(zo.trained_tokenizer(["which? left right"], 300))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | trim }}\n{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    flags = {"dataset": write(tmp_path / "chats.jsonl", [{"messages": chat, "own": ["left", " left"]}] * 80)}
+    flags |= {"completion_column": "messages", "tokenizer": tmp_path / "tokenizer", "max_samples": 1000}
+    code, line = failure(runs.code, **flags, block_size=64, options_column="own", eval_metric="accuracy")
+    assert code == 2
+    assert "has options that are the same as tokens" in line
+
+
+def test_options_change_nothing_that_is_trained(runs, tmp_path):
+    """Aligned looks at the frequencies of tokens; options are not among them."""
+    flags = COLUMNS | {"dataset": write(tmp_path / "choices.jsonl", choices()), "block_size": 32, "max_samples": 1000}
+    flags |= {"direction": "aligned", "max_steps": 2}
+    with_options = runs.train("options", **flags, options_column="choices", eval_metric="accuracy")
+    assert harness.same_weights(with_options, runs.train("none", **flags, eval_metric="exact_match"))
+
+
+def test_another_metric_may_be_asked_for_on_a_resume(runs, tmp_path):
+    flags = COLUMNS | {"dataset": write(tmp_path / "choices.jsonl", choices()), "block_size": 32, "max_samples": 1000}
+    run = runs.train(**flags, options_column="choices", eval_metric="accuracy", max_steps=4, save_interval=2)
+    assert runs.resume(run, max_steps=6, eval_metric="exact_match") == 0
+    assert "resuming from step 4" in (run / "train.log").read_text()
