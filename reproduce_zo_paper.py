@@ -1881,11 +1881,14 @@ class Guided:
     def __init__(self, base: Gaussian, tensors: list[Tensor], guide: dict[int, torch.Tensor], cosine: float):
         self.base, self.guide = base, guide
         length = cosine * math.sqrt(sum(base.square(tensor) for tensor in tensors))  # of the part along the guide
-        norm = math.hypot(*(torch.linalg.vector_norm(g, dtype=wide(g.device)).item() for g in guide.values()))
-        self.along, self.across = length / norm, math.sqrt(1 - cosine**2)
+        sizes = [
+            torch.linalg.vector_norm(g, order, dtype=wide(g.device)) for g in guide.values() for order in (2, math.inf)
+        ]
+        norms, largest = torch.stack(sizes).view(-1, 2).T.cpu().tolist()  # fetched from the device once
+        self.norms = dict(zip(guide, norms))
+        self.along, self.across = length / math.hypot(*norms), math.sqrt(1 - cosine**2)
         self.gain = max(1.0, length**2 + self.across**2)
-        steepest = max(part.abs().max().item() for part in guide.values())
-        self.largest = self.across * base.largest + self.along * steepest
+        self.largest = self.across * base.largest + self.along * max(largest)
 
     def factored(self, tensor: Tensor) -> bool:  # the guide is dense
         return False
@@ -1894,7 +1897,7 @@ class Guided:
         return Bent(self.base.direction(tensor, at), self.guide[tensor.index], self.along, self.across)
 
     def square(self, tensor: Tensor) -> float:
-        return self.across**2 * self.base.square(tensor) + (self.along * self.guide[tensor.index].norm().item()) ** 2
+        return self.across**2 * self.base.square(tensor) + (self.along * self.norms[tensor.index]) ** 2
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -3026,9 +3029,9 @@ class QueryRule(Rule):
 
 def cosine(one: Iterable[torch.Tensor], other: Iterable[torch.Tensor]) -> float:
     """Return the cosine of two series of tensors as one vector each; NaN where one is zero."""
-    pairs = ((full_precision(x), full_precision(y)) for x, y in zip(one, other))
-    dots = [[(a * b).sum().double().item() for a, b in ((x, y), (x, x), (y, y))] for x, y in pairs]
-    inner, first, second = map(sum, zip(*dots))
+    pairs = [(full_precision(x), full_precision(y)) for x, y in zip(one, other)]
+    dots = [(a * b).sum().to(wide(a.device)) for x, y in pairs for a, b in ((x, y), (x, x), (y, y))]
+    inner, first, second = torch.stack(dots).view(-1, 3).sum(0).cpu().tolist()
     return inner / math.sqrt(first * second) if first * second > 0 else math.nan
 
 
@@ -4057,53 +4060,65 @@ def cpu_threads(config: Config, ranks: Ranks) -> int | None:
     return max(1, cores // ranks.local_size)
 
 
-class Adapted(torch.nn.Module):
-    """A layer with a low-rank adapter, y = layer(x) + B A x, of which A and B are trained (LoRA, Hu et al. 2021, arXiv
-    2106.09685, with alpha = r). A is uniform within 1/sqrt(inputs), from the generator, and B zero.
-    """
+@functools.cache
+def adapted_layer() -> type:
+    """Return the class of layers with an adapter, made at its first use."""
 
-    def __init__(self, base: torch.nn.Module, rank: int, generator: torch.Generator):
-        super().__init__()
-        shape = base.weight.shape if isinstance(base, torch.nn.Linear) else base.weight.T.shape
-        empty = functools.partial(torch.nn.utils.skip_init, torch.nn.Linear, bias=False)
-        self.base, self.lora_A, self.lora_B = base, empty(shape[1], rank), empty(rank, shape[0])
-        torch.nn.init.uniform_(self.lora_A.weight, -(shape[1] ** -0.5), shape[1] ** -0.5, generator=generator)
-        torch.nn.init.zeros_(self.lora_B.weight)
+    class Adapted(torch.nn.Module):
+        """A layer with a low-rank adapter, y = layer(x) + B A x, of which A and B are trained (LoRA, Hu et al. 2021,
+        arXiv 2106.09685, with alpha = r). A is uniform within 1/sqrt(inputs), from the generator, and B zero.
+        """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x) + self.lora_B(self.lora_A(x))
+        def __init__(self, base: torch.nn.Module, rank: int, generator: torch.Generator):
+            super().__init__()
+            shape = base.weight.shape if isinstance(base, torch.nn.Linear) else base.weight.T.shape
+            empty = functools.partial(torch.nn.utils.skip_init, torch.nn.Linear, bias=False)
+            self.base, self.lora_A, self.lora_B = base, empty(shape[1], rank), empty(rank, shape[0])
+            torch.nn.init.uniform_(self.lora_A.weight, -(shape[1] ** -0.5), shape[1] ** -0.5, generator=generator)
+            torch.nn.init.zeros_(self.lora_B.weight)
 
-    @property
-    def merged(self) -> torch.Tensor:
-        """The weight of one layer that does the same, of the shape that the base's has."""
-        product = self.lora_B.weight @ self.lora_A.weight
-        return self.base.weight + (product if isinstance(self.base, torch.nn.Linear) else product.T)
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + self.lora_B(self.lora_A(x))
+
+        @property
+        def merged(self) -> torch.Tensor:
+            """The weight of one layer that does the same, of the shape that the base's has."""
+            product = self.lora_B.weight @ self.lora_A.weight
+            return self.base.weight + (product if isinstance(self.base, torch.nn.Linear) else product.T)
+
+    return Adapted
 
 
-class WideLookup(torch.autograd.Function):
-    """Rows of an embedding's bfloat16 weight, in float32, whose gradient is summed in float32: a bfloat16 sum stops
-    growing after some hundred tokens of one kind.
-    """
+@functools.cache
+def wide_lookup() -> type:
+    """Return a function of autograd, made at its first use: importing the script does not import torch."""
 
-    @staticmethod
-    def forward(context, ids: torch.Tensor, weight: torch.Tensor, padding: int | None) -> torch.Tensor:
-        context.save_for_backward(ids)
-        context.shape, context.dtype, context.padding = weight.shape, weight.dtype, padding
-        return weight[ids].float()
+    class WideLookup(torch.autograd.Function):
+        """Rows of an embedding's bfloat16 weight, in float32, whose gradient is summed in float32: a bfloat16 sum
+        stops growing after some hundred tokens of one kind.
+        """
 
-    @staticmethod
-    def backward(context, gradient: torch.Tensor) -> tuple:
-        (ids,) = context.saved_tensors
-        total = torch.zeros(context.shape, device=gradient.device)
-        total.index_add_(0, ids.flatten(), gradient.flatten(0, -2).float())
-        if context.padding is not None:
-            total[context.padding] = 0.0
-        return None, total.to(context.dtype), None
+        @staticmethod
+        def forward(context, ids: torch.Tensor, weight: torch.Tensor, padding: int | None) -> torch.Tensor:
+            context.save_for_backward(ids)
+            context.shape, context.dtype, context.padding = weight.shape, weight.dtype, padding
+            return weight[ids].float()
+
+        @staticmethod
+        def backward(context, gradient: torch.Tensor) -> tuple:
+            (ids,) = context.saved_tensors
+            total = torch.zeros(context.shape, device=gradient.device)
+            total.index_add_(0, ids.flatten(), gradient.flatten(0, -2).float())
+            if context.padding is not None:
+                total[context.padding] = 0.0
+            return None, total.to(context.dtype), None
+
+    return WideLookup
 
 
 def looked_up(module: torch.nn.Embedding, given: tuple, out: torch.Tensor) -> torch.Tensor:
     """Return what an embedding gives in float32: a forward hook."""
-    return WideLookup.apply(given[0], module.weight, module.padding_idx) if out.requires_grad else out.float()
+    return wide_lookup().apply(given[0], module.weight, module.padding_idx) if out.requires_grad else out.float()
 
 
 def lowered(model: torch.nn.Module) -> torch.nn.Module:
@@ -4132,7 +4147,7 @@ def add_adapters(model: torch.nn.Module, config: Config) -> None:
         parent, _, own = name.rpartition(".")
         if own in targets:
             generator = stream(torch.device("cpu"), config.seed, PURPOSE_INIT, index)
-            setattr(model.get_submodule(parent), own, Adapted(layer, config.adapter_rank, generator))
+            setattr(model.get_submodule(parent), own, adapted_layer()(layer, config.adapter_rank, generator))
     try:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
@@ -4141,9 +4156,9 @@ def add_adapters(model: torch.nn.Module, config: Config) -> None:
         raise UsageError(f"--lora_targets {config.lora_targets}: {told}") from error
 
 
-def adapters(model: torch.nn.Module) -> dict[str, Adapted]:
+def adapters(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Return the layers that have an adapter, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, adapted_layer())}
 
 
 def kept_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -90,7 +90,7 @@ def moved(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> t
     return model
 
 
-def steps(config: zo.Config, device: torch.device, fetches: Fetches, count: int = 3) -> list[int]:
+def steps(config: zo.Config, device: torch.device, fetches: Fetches, count: int = 2) -> list[int]:
     """Makes steps as a run does, with its state saved and loaded between; fetches a step, and groups of queries."""
     model = harness.llama() if config.weights == "float32" else zo.lowered(harness.llama())
     if config.adapter_rank:

@@ -281,10 +281,8 @@ def test_a_damaged_cache_is_built_again(runs, first_run, tmp_path, name, how):
     """Or refused, where the manifest vouches for what is in it."""
     whole, cache = first_run
     (folder,) = Path(shutil.copytree(cache, tmp_path / "cache")).glob("tokens-*")
-    assert {path.name for path in folder.iterdir()} - {"train.index", "validation.index"} == {
-        *CACHE_FILES,
-        "manifest.json",
-    }
+    own = {path.name for path in folder.iterdir() if path.suffix not in (".index", ".options")}  # those are of examples
+    assert own == {*CACHE_FILES, "manifest.json"}
     DAMAGES[how](folder / name)
     code = runs.code("again", cache_dir=tmp_path / "cache", max_steps=2)
     assert code == 0 or (code == 2 and how == "a vouched pickle")
