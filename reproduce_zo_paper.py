@@ -67,7 +67,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple, NoReturn
+from typing import ClassVar, NamedTuple
 
 
 class _Lazy:
@@ -3543,9 +3543,11 @@ class Example(NamedTuple):
         return (self.prompt, self.completion, *self.options)
 
 
-def exit_without(named: str, column: str, row: dict, how: str) -> NoReturn:
-    """Raise UsageError for a column that is not there."""
-    raise UsageError(f"{named}: no column {column!r}; its columns are {', '.join(row)}; choose with {how}")
+def value_in(row: dict, column: str, named: str, how: str):
+    """Return what a row has in a column; raises UsageError where there is no such column."""
+    if column not in row:
+        raise UsageError(f"{named}: no column {column!r}; its columns are {', '.join(row)}; choose with {how}")
+    return row[column]
 
 
 def content(source: Source, number: int, row: dict) -> str | Example:
@@ -3553,7 +3555,7 @@ def content(source: Source, number: int, row: dict) -> str | Example:
     named, columns, options = f"{source.flag} {source.name}", source.columns[:2], ()
     how = "--prompt_column, --completion_column" if source.examples else "--text_column"
     for column in source.columns[2:]:
-        options = row.get(column) if column in row else exit_without(named, column, row, "--options_column")
+        options = value_in(row, column, named, "--options_column")
         texts = {option for option in options if isinstance(option, str)} if isinstance(options, list) else set()
         if len(texts) < 2 or not all(isinstance(option, str) and option.strip() for option in options):
             shown = json.dumps(options, default=str)[:40]
@@ -3564,14 +3566,8 @@ def content(source: Source, number: int, row: dict) -> str | Example:
             return checked(Example(number, options=tuple(dict.fromkeys(options)), messages=messages), named)
         raise UsageError(f"{named}: row {number}: messages must have a role and a content, both texts")
     for column in columns:
-        if column not in row:
-            exit_without(
-                named,
-                column,
-                row,
-                how + " (or, for prompts with completions, --completion_column)" * (not source.examples),
-            )
-        if not isinstance(value := row[column], str | None):
+        more = "" if source.examples else " (or, for prompts with completions, --completion_column)"
+        if not isinstance(value := value_in(row, column, named, how + more), str | None):
             what = f"{json.dumps(value, default=str)[:40]} ({type(value).__name__}) in column {column!r}, not text"
             raise UsageError(f"{named}: row {number} holds {what}; mend it, or choose with {how}")
     texts = [row[column] or "" for column in columns]
