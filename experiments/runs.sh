@@ -89,19 +89,20 @@ for seed in ${SEEDS:-0 1 2}; do
             every="--init_from models/SmolLM2-135M --dataset $logs/sentiment.jsonl --completion_column completion --without_eos --seed $seed"
             every="$every --eval_metric accuracy --block_size 96 --batch_size 16 --dtype bfloat16 --eval_samples 458"
             eight="--query_budget_q 8 --parallel_q_computation --max_steps 50 --eval_interval 25 $every"
+            half="--max_steps 25" # an example is shown with both answers: the same number of tokens
             run "lowrank_q8_1e-4_$seed" --direction lowrank --learning_rate 1e-4 $eight
             run "mezo_q1_1e-5_$seed" --query_budget_q 1 --parallel_q_computation --learning_rate 1e-5 --max_steps 400 --eval_interval 200 $every
             run "fo_1e-5_$seed" --mode FO --learning_rate 1e-5 --max_steps 100 --eval_interval 25 $every
             run "lora_adam_1e-2_$seed" --scope lora:8 --optimizer adam --learning_rate 1e-2 $eight
             run "feedback_1e-4_$seed" --direction feedback --learning_rate 1e-4 --max_steps 50 --eval_interval 25 $every
-            run "lowrank_accuracy_1e-3_$seed" --direction lowrank --objective accuracy --learning_rate 1e-3 $eight
+            run "lowrank_accuracy_1e-3_$seed" --direction lowrank --objective accuracy --learning_rate 1e-3 $eight $half
             run "lowrank_q8_3e-4_$seed" --direction lowrank --learning_rate 3e-4 $eight
             run "aligned_1e-2_$seed" --direction aligned --learning_rate 1e-2 $eight
             run "mezo_q1_3e-6_$seed" --query_budget_q 1 --parallel_q_computation --learning_rate 3e-6 --max_steps 400 --eval_interval 200 $every
             run "fo_3e-5_$seed" --mode FO --learning_rate 3e-5 --max_steps 100 --eval_interval 25 $every
             run "lora_adam_3e-2_$seed" --scope lora:8 --optimizer adam --learning_rate 3e-2 $eight
             run "feedback_3e-5_$seed" --direction feedback --learning_rate 3e-5 --max_steps 50 --eval_interval 25 $every
-            run "lowrank_accuracy_3e-4_$seed" --direction lowrank --objective accuracy --learning_rate 3e-4 $eight
+            run "lowrank_accuracy_3e-4_$seed" --direction lowrank --objective accuracy --learning_rate 3e-4 $eight $half
             ;;
     esac
 done
