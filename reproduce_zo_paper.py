@@ -2600,7 +2600,8 @@ class Optimizer:
         optimizer, gradient = self.each.get(tensor.index), gradient.to(tensor.dtype)
         with self._values(tensor, step) as theta:
             if optimizer is None:
-                theta.mul_(1 - rate * self.decay[tensor.index])
+                if self.decay[tensor.index]:
+                    theta.mul_(1 - rate * self.decay[tensor.index])
                 theta.add_(gradient.view_as(theta), alpha=-rate)
                 return
             optimizer.param_groups[0]["lr"], (parameter,) = rate, optimizer.param_groups[0]["params"]
@@ -2873,8 +2874,8 @@ class Backpropagation(Rule):
 def shared_out(tensors: list[Tensor], queries: Queries, optimizer: Optimizer, ranks: Ranks) -> list[int | None]:
     """Return which rank updates each tensor and sends it to the others; None: each of them does, for itself.
 
-    A dense update of n entries draws q n numbers, 5e8 a second on two cores; sent they are 4 n bytes, 1.25e8 a second
-    at 1 Gbit/s, log2(ranks) times over: it is faster to send from 16 log2(ranks) queries on, and twice as many are
+    A dense update of n entries draws q n numbers, 4e8 to 5e8 a second on two cores; sent they are 4 n bytes, 1.25e8 a
+    second at 1 Gbit/s, log2(ranks) times over: sending is faster from 16 log2(ranks) queries on, and twice as many are
     asked for. Low rank is faster made than sent, and an optimizer's state would have to be sent too. Each tensor is
     made by one rank, so that the bits do not depend on how many there are.
     """
@@ -3800,6 +3801,12 @@ class Corpus:
         """Return the number of sequences: examples, or blocks of block_size tokens."""
         return len(self.index[split]) if self.source.examples else len(self.tokens[split]) // self.config.block_size
 
+    @property
+    def digest(self) -> str:
+        """A digest of the tokens of both splits, and of what marks examples in them."""
+        files = read_json(self.folder / MANIFEST)["sha256"]
+        return flags_digest({name: files[name] for name in files if name.endswith((".bin", ".index", ".options"))})
+
     @functools.cached_property
     def longest(self) -> int:
         """The most tokens in a sequence of a training batch."""
@@ -4218,13 +4225,11 @@ def loaded_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers loads a hub's adapter, if peft is there
         raise UsageError(adapter)
     if config.weights != "float32":
-        vectors, folder = (
-            dict(model.named_parameters()),
-            Path(transformers.utils.cached_file(name, "config.json")).parent,
-        )
+        folder = Path(transformers.utils.cached_file(name, "config.json")).parent
+        vectors = {key: value for key, value in model.named_parameters() if value.ndim < 2}
         for path in folder.glob("*.safetensors"):  # norms as they are, not rounded
             with safetensors.safe_open(path, "pt") as file:
-                for key in {key for key, value in vectors.items() if value.ndim < 2} & set(file.keys()):
+                for key in vectors.keys() & set(file.keys()):
                     vectors[key].data = file.get_tensor(key).float()
     rows = model.get_input_embeddings().weight.shape[0]
     positions = getattr(model.config, "max_position_embeddings", MAX_POSITIONS)
@@ -4674,14 +4679,18 @@ class RunDirectory:
         self.write("config.json", about | {"machine": platform.platform(), "git_commit": commit})
 
     def pin(self, name: str, facts: dict) -> None:
-        """Write facts that must hold for the whole run, once; raises UsageError where they have changed since."""
+        """Write facts that must hold for the whole run, once; raises UsageError where they have changed since. A run of
+        an earlier version has fewer; the name of a folder of tokens is a fact, and may be another.
+        """
         path = self.path / name
         if not path.exists():
             self.write(name, facts)
         elif (begun := read_json(path)) != facts:
-            odd = [key for key in {**begun, **facts} if begun.get(key) != facts.get(key)]
-            told = "; ".join(f"{key} was {begun.get(key)}, is {facts.get(key)}" for key in odd)
-            raise UsageError(f"{path}: not what the run began with ({told})")
+            common = begun.keys() & facts.keys() - {"tokens_folder", "bp_tokens_folder"}
+            if odd := [
+                f"{key} was {begun[key]}, is {facts[key]}" for key in sorted(common) if begun[key] != facts[key]
+            ]:
+                raise UsageError(f"{path}: not what the run began with ({'; '.join(odd)})")
 
     def add_row(self, row: dict[str, str]) -> None:
         """Append a row to metrics.csv, or put it where damage has left a gap."""
@@ -5208,8 +5217,10 @@ class Job:
         rule = self.trainer.rule(self.done)
         corpus = self.bp_corpus if rule is self.trainer.backpropagation else self.corpus
         rows = corpus.rows(self.done)
-        self.forward_tokens += round(rule.passes * self.measured.tokens(corpus, rows))
-        self.data_tokens += self.objective.tokens(corpus, rows)
+        tokens = self.objective.tokens(corpus, rows)
+        measured = tokens if self.measured is self.objective else self.measured.tokens(corpus, rows)
+        self.forward_tokens += round(rule.passes * measured)
+        self.data_tokens += tokens
         self.done += 1
         return record, known is None
 
@@ -5473,7 +5484,9 @@ def prepared(config: Config, run: RunDirectory | None, ranks: Ranks) -> Iterator
         model = build_model(config, corpus.tokenizer)
         if run is not None:
             facts = {"tokens_folder": corpus.folder.name, **corpus.about, "unigram_loss": unigram}
-            facts |= {"bp_tokens_folder": bp_corpus.folder.name} if config.bp_dataset else {}
+            facts["tokens_sha256"] = corpus.digest
+            if config.bp_dataset:
+                facts |= {"bp_tokens_folder": bp_corpus.folder.name, "bp_tokens_sha256": bp_corpus.digest}
             names = {name for name in (config.objective, config.eval_metric) if name not in (None, "loss", *SCORES)}
             facts |= {name: file_digest(Path(name.rpartition(":")[0])) for name in sorted(names)}
             facts |= {"weights": weights_digest(model)} if config.init_from else {}  # which a replay begins with

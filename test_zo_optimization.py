@@ -372,9 +372,8 @@ def memory_table(size: str, rows: int, tokens: int, threads: int, names: Sequenc
     """
     settings = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TOP_PAD_": "0"}
     with mock.patch.dict(os.environ, settings), multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.apply(
-            memory_child, (size, rows, tokens, threads, names, Bench.device)
-        )  # it gives freed memory back at once
+        # it gives freed memory back at once
+        found = pool.apply(memory_child, (size, rows, tokens, threads, names, Bench.device))
     forward = found[2][1]
     bounds = {"in place": forward + 8, "sgd": 8, "sgd, low rank": 8}
     bounds |= dict.fromkeys(("batched by 4", "low rank by 4"), 2 * MEMORY_GROUP * forward + 16)

@@ -144,6 +144,7 @@ def cases() -> dict[str, dict]:
     for carry, q in (("block", 0), ("branch", 2), ("stream", 2)):
         found[f"feedback {carry}"] = {"direction": "feedback", "carry": carry, "query_budget_q": q}
     found |= {f"half {name}": {**found[f"{name} batched"], "weights": "bfloat16"} for name in ("gaussian", "lowrank")}
+    # FO with bfloat16 weights is left out: torch's engine ends the process when it meets this stand-in's autocast
     found["lora"] = {"scope": "lora:2", "init_from": ".", "query_budget_q": 4, "parallel_q_computation": True}
     found["closed form"] = {"head": "closed_form", "query_budget_q": 4}
     found["last block"] = {"scope": "blocks:1-1", "query_budget_q": 4, "parallel_q_computation": True}

@@ -444,3 +444,16 @@ def test_skip_drops_a_query_and_says_so(runs, failure):
     assert dropped == [False, True, False, True]
     assert all(math.isfinite(float(row["loss"])) for row in harness.metrics(run)[1:])
     assert runs.replay(run) == 0
+
+
+def test_a_run_of_an_earlier_token_format_goes_on_and_other_tokens_are_refused(runs, stopped, whole, failure):
+    """Their folder has another name there, and nothing is known of a digest."""
+    path = stopped / "corpus.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(about | {"tokens_sha256": "0" * 64}))
+    code, line = failure(runs.resume, stopped, max_steps=8)
+    assert code == 2
+    assert "corpus.json: not what the run began with (tokens_sha256 was 0000" in line
+    about.pop("tokens_sha256")
+    path.write_text(json.dumps(about | {"tokens_folder": "tokens-of-another-format"}))
+    runs.complete(stopped, whole, max_steps=8)
