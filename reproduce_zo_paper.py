@@ -824,6 +824,7 @@ PURPOSE_ROUNDING = 7
 # TB/s, so that launching does not dominate, and the two scratch blocks are still small beside the weights.
 BLOCK_ELEMENTS = {"cpu": 1 << 18}
 BLOCK_ELEMENTS_ACCELERATOR = 1 << 22
+DIRECTION_FORMAT = 2  # of what is drawn at given coordinates: raise it when that changes
 
 
 class Coordinates(NamedTuple):
@@ -832,6 +833,10 @@ class Coordinates(NamedTuple):
     seed: int
     step: int
     query: int
+
+    def of(self, tensor: int, block: int = 0) -> tuple[int, ...]:
+        """Return what a draw takes for one block of one tensor: seed, purpose and coordinates."""
+        return self.seed, PURPOSE_DIRECTION, self.step, self.query, tensor, block
 
 
 def stream_seed(seed: int, purpose: int, *coordinates: int) -> int:
@@ -846,6 +851,50 @@ def stream(device: torch.device, seed: int, purpose: int, *coordinates: int) -> 
     torch's on a CPU keeps 32 bits of the seed: of n blocks about n^2 / 2^33 pairs agree, at unrelated coordinates.
     """
     return torch.Generator(device).manual_seed(stream_seed(seed, purpose, *coordinates))
+
+
+def random_bytes(count: int, device: torch.device, seed: int, purpose: int, *coordinates: int) -> torch.Tensor:
+    """Return random bytes at these coordinates, uint8 [count].
+
+    On a CPU they are numpy's SFC64: a quarter of the time of torch's generator, and seeded by more than 32 bits.
+    """
+    if device.type == "cpu":
+        generator = np.random.SFC64(np.random.SeedSequence(seed, spawn_key=(purpose, *coordinates)))
+        return torch.from_numpy(generator.random_raw(-(-count // 8)).view(np.uint8))[:count]
+    words = torch.empty(-(-count // 4), dtype=torch.int32, device=device)
+    words.random_(-(2**31), 2**31, generator=stream(device, seed, purpose, *coordinates))
+    return words.view(torch.uint8)[:count]
+
+
+@functools.cache
+def normal_levels() -> torch.Tensor:
+    """Return the normal distribution's quantiles at 65,536 equally likely levels, float32, of mean 0 and variance 1.
+
+    Their fourth moment is 2.999 (3), the largest is 4.33.
+    """
+    upper = torch.special.ndtri((torch.arange(2**15, dtype=torch.float64) + 0.5) / 2**16 + 0.5)
+    upper /= upper.square().mean().sqrt()
+    return torch.cat([-upper.flip(0), upper]).float()
+
+
+@functools.cache
+def byte_signs(device: torch.device) -> torch.Tensor:
+    """Return the bits of every byte as +1 and -1, the low bit first, float32 [256, 8]."""
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)
+    return (bits % 2 * 2 - 1).float()
+
+
+def normals(out: torch.Tensor, *coordinates: int) -> torch.Tensor:
+    """Fill a contiguous float32 tensor with standard normal numbers at (seed, purpose, coordinates); return it.
+
+    On a CPU each is one of `normal_levels`, by 16 random bits: half the time of torch's Box and Muller. Elsewhere they
+    are the device's own.
+    """
+    if out.device.type != "cpu":
+        return out.normal_(generator=stream(out.device, *coordinates))
+    drawn = random_bytes(2 * out.numel(), out.device, *coordinates).view(torch.uint16).to(torch.int32)
+    torch.index_select(normal_levels(), 0, drawn, out=out.view(-1))
+    return out
 
 
 def permuted(index: np.ndarray, size: int, seed: int, *coordinates: int) -> np.ndarray:
@@ -1577,13 +1626,12 @@ class Dense:
     """z on one tensor, of independent entries with mean 0 and variance 1: E[z z^T] = I."""
 
     def __init__(self, fill: Callable, tensor: Tensor, at: Coordinates):
-        self.fill, self.tensor, self.at = fill, tensor, at
+        self.fill, self.tensor, self.at = fill, tensor, at  # fill(out, *coordinates) fills a float32 tensor
 
     def block(self, index: int, out: torch.Tensor) -> None:
         """Write block `index`, [rows, columns], into out: float32 numbers in out's dtype."""
-        generator = stream(out.device, self.at.seed, PURPOSE_DIRECTION, *self.at[1:], self.tensor.index, index)
         drawn = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-        self.fill(drawn, generator)
+        self.fill(drawn, *self.at.of(self.tensor.index, index))
         if drawn is not out:
             out.copy_(drawn)
 
@@ -1653,12 +1701,8 @@ class Gaussian:
     ranked = False  # whether --rank has an effect
     passes = 0  # forward passes that a step takes beyond those of its queries
     gain = 1.0  # the largest eigenvalue of E[z z^T], which estimates are divided by
-    largest = 7.0  # a bound of |z|: float32 normals stay below 5.8 on a CPU, below 6.7 on CUDA
-
-    @staticmethod
-    def fill(out: torch.Tensor, generator: torch.Generator) -> None:
-        """Fill a float32 block with entries of z."""
-        out.normal_(generator=generator)
+    largest = 7.0  # a bound of |z|: normals stay below 4.4 on a CPU, float32 ones on CUDA below 6.7
+    fill = staticmethod(normals)  # fills a float32 block with entries of z at its coordinates
 
     @staticmethod
     def defaults(carry: str) -> dict:
@@ -1706,18 +1750,13 @@ class Rademacher(Gaussian):
     largest = 1.0
 
     @staticmethod
-    def fill(out: torch.Tensor, generator: torch.Generator) -> None:
-        """From one random bit each: word k gives elements 32k to 32k+31, the low bit first."""
-        count = out.numel()
-        words = torch.empty(-(-count // 32), dtype=torch.int32, device=out.device)
-        words.random_(-(2**31), 2**31, generator=generator)
-        shifts = torch.arange(32, dtype=torch.int32, device=out.device)
-        whole = count // 32 * 32
-        bits = out.view(-1).view(torch.int32)
-        torch.bitwise_left_shift(words[: whole // 32, None], shifts, out=bits[:whole].view(-1, 32))
-        if whole < count:
-            bits[whole:] = (words[-1:] << shifts)[: count - whole]
-        bits.bitwise_and_(-(2**31)).bitwise_or_(0x3F800000)  # the sign bit kept, the rest of 1.0f set
+    def fill(out: torch.Tensor, *coordinates: int) -> None:
+        """From one random bit each: byte k gives elements 8k to 8k+7, the low bit first."""
+        flat, whole = out.view(-1), out.numel() // 8
+        drawn = random_bytes(-(-out.numel() // 8), out.device, *coordinates).to(torch.int32)
+        signs = byte_signs(out.device)
+        torch.index_select(signs, 0, drawn[:whole], out=flat[: 8 * whole].view(-1, 8))
+        flat[8 * whole :] = torch.index_select(signs, 0, drawn[whole:]).view(-1)[: out.numel() - 8 * whole]
 
 
 class LowRank(Gaussian):
@@ -1736,8 +1775,7 @@ class LowRank(Gaussian):
         if not self.factored(tensor):
             return super().direction(tensor, at)
         device, split = tensor.parameter.device, tensor.rows * self.rank
-        drawn = torch.empty(split + tensor.columns * self.rank, device=device)
-        drawn.normal_(generator=stream(device, at.seed, PURPOSE_DIRECTION, *at[1:], tensor.index, 0))
+        drawn = normals(torch.empty(split + tensor.columns * self.rank, device=device), *at.of(tensor.index))
         left = drawn[:split].view(tensor.rows, self.rank).mul_(self.rank**-0.5)
         return Factored(left, drawn[split:].view(tensor.columns, self.rank), tensor)
 
@@ -1764,8 +1802,7 @@ class Kronecker(Gaussian):
         least, most = sorted((n2, m // n1 if m >= n else -(-m // n1)))  # both factors tall, or both wide: full rank
         m2 = min(max(round(n2 * math.sqrt(m / n)), least), most)
         m1 = -(-m // m2)
-        drawn = torch.empty(m1 * n1 + m2 * n2, device=device)
-        drawn.normal_(generator=stream(device, at.seed, PURPOSE_DIRECTION, *at[1:], tensor.index, 0))
+        drawn = normals(torch.empty(m1 * n1 + m2 * n2, device=device), *at.of(tensor.index))
         return KroneckerProduct(drawn[: m1 * n1].view(m1, n1), drawn[m1 * n1 :].view(m2, n2), tensor)
 
 
@@ -1830,8 +1867,7 @@ class Aligned(Gaussian):
         if not self.factored(tensor):
             return super().direction(tensor, at)
         basis = self.bases[tensor.index]
-        left = torch.empty(tensor.rows, basis.shape[1], device=basis.device)
-        left.normal_(generator=stream(basis.device, at.seed, PURPOSE_DIRECTION, *at[1:], tensor.index, 0))
+        left = normals(torch.empty(tensor.rows, basis.shape[1], device=basis.device), *at.of(tensor.index))
         if tensor.index in self.row_scale:
             left.mul_(self.row_scale[tensor.index][:, None])
         return Factored(left, basis, tensor)
@@ -1853,7 +1889,7 @@ def leading_directions(x: torch.Tensor, rank: int, seed: int, index: int) -> tor
     subspace iteration from a seeded start (Halko, Martinsson and Tropp 2011).
     """
     start = torch.empty(x.shape[1], min(x.shape[1], rank + 4), device=x.device)
-    basis = start.normal_(generator=stream(x.device, seed, PURPOSE_BASIS, index))
+    basis = normals(start, seed, PURPOSE_BASIS, index)
     for _ in range(3):
         basis = torch.linalg.qr(x.T @ (x @ basis)).Q
     inside = torch.linalg.svd(x @ basis, full_matrices=False).Vh
@@ -2363,9 +2399,9 @@ def store(out: torch.Tensor, values: torch.Tensor, *coordinates: int) -> None:
     below the spacing are not lost.
     """
     if out.dtype == torch.bfloat16:
-        bits = torch.empty(values.shape, dtype=torch.int32, device=values.device)
         seed, *rest = coordinates
-        bits.random_(0, 2**16, generator=stream(values.device, seed, PURPOSE_ROUNDING, *rest))
+        drawn = random_bytes(2 * values.numel(), values.device, seed, PURPOSE_ROUNDING, *rest)
+        bits = drawn.view(torch.int16).to(torch.int32).bitwise_and_(2**16 - 1).view(values.shape)
         bits.mul_(values.isfinite())  # some NaN would become 0
         values.view(torch.int32).add_(bits).bitwise_and_(-(2**16))
     out.copy_(values)
@@ -3179,8 +3215,7 @@ class Look(NamedTuple):
 
 def node_noise(seed: int, step: int, query: int, like: torch.Tensor) -> torch.Tensor:
     """Return the noise xi of one query at the embedding's output, standard normal, of the shape [R, T, d] of `like`."""
-    generator = stream(like.device, seed, PURPOSE_DIRECTION, step, query)
-    return torch.empty_like(like).normal_(generator=generator)
+    return normals(torch.empty(like.shape, device=like.device), seed, PURPOSE_DIRECTION, step, query)
 
 
 def perturbed_top(objective: Objective, ids: torch.Tensor, shifts: list[torch.Tensor]) -> torch.Tensor:
@@ -4676,6 +4711,7 @@ class RunDirectory:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             commit = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
         about = {"flags": flags, "flags_sha256": flags_digest(flags), "versions": versions}
+        about["direction_format"] = DIRECTION_FORMAT
         self.write("config.json", about | {"machine": platform.platform(), "git_commit": commit})
 
     def pin(self, name: str, facts: dict) -> None:
@@ -4792,7 +4828,13 @@ def read_config(path: Path) -> Config:
     faults = [f"--{name} {v}: {fault}" for name, v in flags.items() if (fault := value_fault(FIELDS[name], v))]
     if faults := faults or value_faults(Config(**flags)) + text_faults(Config(**flags | {"dataset": "embedded"})):
         raise UsageError("\n".join(f"{where}: {fault}" for fault in faults))
-    return Config(**flags)
+    config = Config(**flags)
+    if config.measures and about.get("direction_format", 1) != DIRECTION_FORMAT:
+        raise UsageError(
+            f"{where}: of a version that draws other directions; go on with that one (git_commit there names it), or "
+            "start a new run from its checkpoint with --init_from"
+        )
+    return config
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐

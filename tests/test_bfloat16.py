@@ -80,7 +80,7 @@ def test_small_updates_are_not_lost(workers):
     rule = zo.Optimizer("sgd", tensors, workers)
     for step in range(2000):
         rule.apply_gradients({0: torch.ones(64, 64)}, 2.0**-8 / 100, step)
-    assert tensor.matrix.float().mean().item() == pytest.approx(1 - 2000 * 2.0**-8 / 100, abs=5e-4)
+    assert tensor.matrix.float().mean().item() == pytest.approx(1 - 2000 * 2.0**-8 / 100, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["gaussian", "lowrank"])

@@ -75,8 +75,7 @@ def reference(model, memory: dict, step: int, carry: str, q: int, epsilon: float
     if q:
         memory |= {name: 0.95 * value for name, value in memory.items()}
         for query in range(q):
-            generator = zo.stream(torch.device("cpu"), SEED, zo.PURPOSE_DIRECTION, step, query)
-            xi = torch.empty(h0.shape).normal_(generator=generator).double()
+            xi = zo.normals(torch.empty(h0.shape), SEED, zo.PURPOSE_DIRECTION, step, query).double()
             response = (body(h0 + epsilon * r * xi)[-1] - top.detach()) / epsilon
             memory["A"] = memory["A"] + torch.einsum("rti,rtj->ij", xi, xi)
             memory["C"] = memory["C"] + torch.einsum("rti,rtj->ij", xi, response)

@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pytest
 import torch
 
 import reproduce_zo_paper as zo
@@ -20,6 +21,31 @@ def test_streams_are_part_of_the_format_and_every_coordinate_has_its_own():
     for place in range(4):
         seeds |= {zo.stream_seed(9, 2, *(value if at == place else 3 for at in range(4))) for value in range(10, 1000)}
     assert len(seeds) == 4 * 3 * 6**3 + 4 * 990
+
+
+def test_directions_are_part_of_the_format():
+    """On a CPU: numpy's SFC64, two bytes a normal, one bit a sign; another count changes none of the first numbers."""
+    at = zo.Coordinates(42, 10, 3).of(5, 1)
+    assert at == (42, zo.PURPOSE_DIRECTION, 10, 3, 5, 1)
+    drawn = np.random.SFC64(np.random.SeedSequence(42, spawn_key=(2, 10, 3, 5, 1))).random_raw(300)
+    levels = zo.normal_levels()
+    for count in (1, 3, 4, 31, 1200):
+        index = torch.from_numpy(drawn.view(np.uint16)[:count].astype(np.int64))
+        assert torch.equal(zo.normals(torch.empty(count), *at), levels[index])
+        bits = np.unpackbits(drawn.view(np.uint8), bitorder="little")[:count].astype(np.float32)
+        signs = torch.empty(count)
+        zo.Rademacher.fill(signs, *at)
+        assert torch.equal(signs, torch.from_numpy(2 * bits - 1))
+
+
+def test_the_levels_are_a_normal_distribution_of_65536_equal_parts():
+    levels = zo.normal_levels().double()
+    assert levels.mean().item() == 0
+    assert levels.square().mean().item() == pytest.approx(1, abs=1e-7)
+    assert levels.pow(4).mean().item() == pytest.approx(2.9992, abs=1e-4)  # 3
+    assert 4.3 < levels.max() == -levels.min() < 4.4
+    parts = torch.special.ndtr(levels)
+    assert (parts - (torch.arange(2**16) + 0.5) / 2**16).abs().max() < 2e-5
 
 
 def test_permuted_is_a_bijection_that_mixes_whatever_is_asked_together():

@@ -446,6 +446,20 @@ def test_skip_drops_a_query_and_says_so(runs, failure):
     assert runs.replay(run) == 0
 
 
+def test_a_run_of_another_direction_format_is_refused_where_queries_are_drawn(runs, stopped, whole, failure):
+    """Its journal's scalars belong to other directions. config.json of version 1 does not say."""
+    path = stopped / "config.json"
+    about = json.loads(path.read_text())
+    for other in ({**about, "direction_format": 1}, {k: v for k, v in about.items() if k != "direction_format"}):
+        path.write_text(json.dumps(other))
+        for act in (lambda: runs.resume(stopped, max_steps=8), lambda: runs.replay(stopped)):
+            code, line = failure(act)
+            assert code == 2
+            assert "of a version that draws other directions" in line
+    path.write_text(json.dumps(about))
+    runs.complete(stopped, whole, max_steps=8)
+
+
 def test_a_run_of_an_earlier_token_format_goes_on_and_other_tokens_are_refused(runs, stopped, whole, failure):
     """Their folder has another name there, and nothing is known of a digest."""
     path = stopped / "corpus.json"

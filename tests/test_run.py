@@ -41,7 +41,7 @@ def test_a_run_writes_what_it_says(done):
     files = "config.json metrics.csv journal.jsonl train.log loss.png checkpoints finished.json corpus.json"
     assert names == set(files.split())
     kept = {path.relative_to(done / "checkpoints") for path in (done / "checkpoints").glob("*/*")}
-    assert {str(path.parent) for path in kept} == {"best", "step_00000003", "step_00000005"}
+    assert {str(path.parent) for path in kept} - {"best"} == {"step_00000003", "step_00000005"}
     assert {path.suffix for path in kept} <= {".safetensors", ".json", ".jinja"}  # no pickle
     assert re.fullmatch(r"zo_tiny_q2_\d{8}_\d{6}", done.name)
     assert (done / "loss.png").read_bytes().startswith(b"\x89PNG")
