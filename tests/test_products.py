@@ -1,0 +1,76 @@
+"""float32 products on a CPU by oneDNN: those of torch, whatever the shape, the layout and the form of the call."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import reproduce_zo_paper as zo
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.library, "get_kernel") or not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN"
+)
+SHAPES = [(512, 256, 300), (1, 256, 5000), (5000, 8, 64), (5000, 64, 256), (300, 5000, 129), (3, 4, 5), (64, 64, 0)]
+LAYOUTS = [*itertools.product(("rows", "columns", "slice"), repeat=2)]
+
+
+def laid_out(rows: int, columns: int, layout: str, seed: int) -> torch.Tensor:
+    """A matrix in memory by rows, by columns, or as a part of a larger one."""
+    drawn = torch.randn(rows * 2, columns + 3, generator=torch.Generator().manual_seed(seed))
+    whole = drawn.T.contiguous().T if layout == "columns" else drawn
+    return whole[:rows, :columns].contiguous() if layout == "rows" else whole[:rows, 3:]
+
+
+def near(found: torch.Tensor, wanted: torch.Tensor, k: int) -> None:
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6 * max(1, k))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_form_of_a_product_is_torchs(shape, layout):
+    zo.multiply_by_onednn()
+    (m, k, n), (a, b) = shape, (laid_out(*size, own, 1) for size, own in zip((shape[:2], shape[1:]), layout))
+    wanted, c, bias = a.double() @ b.double(), laid_out(m, n, "slice", 2), torch.randn(n)
+    near(a @ b, wanted, k)
+    near(torch.mm(a, b, out=torch.empty(m, n)), wanted, k)
+    near(torch.mm(a, b, out=torch.empty(n, m).T), wanted, k)
+    near(torch.addmm(c, a, b), wanted + c, k)
+    near(torch.addmm(bias, a, b), wanted + bias, k)
+    near(torch.addmm(c, a, b, beta=0.5, alpha=2), 2 * wanted + 0.5 * c, k)
+    near(torch.nn.functional.linear(a[None], b.T, bias)[0], wanted + bias, k)
+    near(c.clone().addmm_(a, b), wanted + c, k)
+    near(c.clone().addmm_(a, b, beta=0, alpha=3), 3 * wanted, k)
+    part = torch.zeros(m, 2 * n + 1)[:, ::2][:, :n]
+    near(part.addmm_(a, b), wanted, k)
+
+
+def test_other_dtypes_and_wrong_shapes_are_as_ever():
+    zo.multiply_by_onednn()
+    a = torch.randn(200, 300)
+    for dtype in (torch.float64, torch.bfloat16, torch.int64):
+        assert (a.to(dtype) @ a.T.to(dtype)).dtype == dtype
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        a @ a
+    with pytest.raises(RuntimeError, match="dtype"):
+        a @ a.T.double()
+    assert torch.isnan((a * torch.nan) @ a.T).all()
+
+
+def test_gradients_are_those_of_float64():
+    zo.multiply_by_onednn()
+    x, w = torch.randn(4, 130, 256, requires_grad=True), torch.randn(300, 256, requires_grad=True)
+    y = torch.nn.functional.linear(x, w).square().mean()
+    found = torch.autograd.grad(y, (x, w))
+    wide = [value.detach().double().requires_grad_() for value in (x, w)]
+    wanted = torch.autograd.grad(torch.nn.functional.linear(*wide).square().mean(), wide)
+    for one, two in zip(found, wanted):
+        torch.testing.assert_close(one.double(), two, rtol=0, atol=1e-5 * two.abs().max().item())
+
+
+def test_importing_the_script_leaves_torch_as_it_is():
+    code = "import reproduce_zo_paper as zo, torch; torch.ones(9); print(zo.multiply_by_onednn.cache_info().currsize)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
