@@ -1009,10 +1009,11 @@ def multiply_by_onednn() -> torch.library.Library:
     transposed ones, which oneDNN copies first, stay where they were; sums run in another order, as on another CPU.
     """
     library, linear = torch.library.Library("aten", "IMPL"), torch.ops.mkldnn._linear_pointwise.default
+    dtypes = torch.float32, torch.bfloat16  # that is oneDNN's anyway, but `kernels` keep Python's lock from workers
     kernels = {name: torch.library.get_kernel(f"aten::{name}", "CPU") for name in ("mm", "mm.out", "addmm", "addmm_")}
 
     def faster(a: torch.Tensor, b: torch.Tensor) -> bool:
-        if a.dtype != torch.float32 or b.dtype != torch.float32 or a.shape[1] != b.shape[0]:
+        if a.dtype not in dtypes or b.dtype != a.dtype or a.shape[1] != b.shape[0]:
             return False
         (m, k), n = a.shape, b.shape[1]
         return m * k * n >= 1 << 20 and (a.stride(1) == 1 or (n >= 128 and m <= 4096))
@@ -1028,12 +1029,12 @@ def multiply_by_onednn() -> torch.library.Library:
         return out.copy_(product(a, b)) if fits else kernels["mm.out"].call_boxed(keys, a, b, out=out)
 
     def addmm(keys, c, a, b, *, beta=1, alpha=1):
-        if not (c.dtype == a.dtype and beta == alpha == 1 and faster(a, b)):
-            return kernels["addmm"].call_boxed(keys, c, a, b, beta=beta, alpha=alpha)
-        return product(a, b, c) if c.shape == b.shape[1:] else product(a, b).add_(c)
+        fits = c.dtype == a.dtype and c.shape == b.shape[1:] and beta == alpha == 1 and faster(a, b)
+        return product(a, b, c) if fits else kernels["addmm"].call_boxed(keys, c, a, b, beta=beta, alpha=alpha)
 
     def addmm_(keys, c, a, b, *, beta=1, alpha=1):
-        fits = c.dtype == a.dtype and c.shape == (a.shape[0], b.shape[1]) and beta == alpha == 1 and faster(a, b)
+        fits = c.dtype == torch.float32 == a.dtype and c.shape == (a.shape[0], b.shape[1]) and beta == alpha == 1
+        fits = fits and faster(a, b)  # a bfloat16 product would be rounded before the sum
         return c.add_(product(a, b)) if fits else kernels["addmm_"].call_boxed(keys, c, a, b, beta=beta, alpha=alpha)
 
     with warnings.catch_warnings():
@@ -1338,22 +1339,17 @@ class HeadTiles:
             rows = slice(lo, min(last, lo + self.tile))
             yield rows, [(group, self.head.weight[rows]) for group in range(self.groups)]
 
-    def tiles(
-        self, slab: tuple[int, int, int], h: torch.Tensor, targets: torch.Tensor, workers: Workers
-    ) -> Iterator[Tile]:
-        """Yield every tile of a slab; h [G, S, n], targets int64 [G, S]. The logits are scratch of this thread."""
+    def tiles(self, slab: tuple[int, int, int], h: torch.Tensor, targets: torch.Tensor) -> Iterator[Tile]:
+        """Yield every tile of a slab; h [G, S, n], targets int64 [G, S]."""
         step = TILE_TOKENS * self.scale
         for rows, entries in self.weights(slab):
             for (group, weight), lo in itertools.product(entries, range(0, h.shape[1], step)):
                 span = slice(lo, min(h.shape[1], lo + step))
                 x, local = h[group, span], targets[group, span] - rows.start
-                logits = workers.scratch("tile", (len(x), len(weight)), h.dtype)
-                if self.factors:  # z first: the product that follows adds to it for nothing
+                logits = x @ weight.to(h.dtype).T
+                if self.factors:
                     direction, inner = self.factors[group]
-                    direction.outer(inner[span], rows, logits)
-                    logits.addmm_(x, weight.to(h.dtype).T)
-                else:
-                    torch.mm(x, weight.to(h.dtype).T, out=logits)
+                    direction.add_outer(inner[span], rows, logits)
                 if self.bias is not None:
                     logits.add_(self.bias[group % len(self.bias), rows])
                 inside = (local >= 0) & (local < len(weight))
@@ -1371,7 +1367,7 @@ def log_normalizers(h: torch.Tensor, targets: torch.Tensor, head: HeadTiles, wor
     picked = torch.zeros_like(partial)  # like it, a part a slab: no two workers write to one place
 
     def work(slab) -> None:
-        for tile in head.tiles(slab, h, targets, workers):
+        for tile in head.tiles(slab, h, targets):
             joined = partial[slab[0], tile.group, tile.span]
             torch.logaddexp(joined, torch.logsumexp(tile.logits, 1).to(joint), out=joined)
             chosen = tile.logits.gather(1, tile.local.clamp(0, tile.logits.shape[1] - 1)[:, None])[:, 0].to(joint)
@@ -1413,7 +1409,7 @@ def output_error(h: torch.Tensor, targets: torch.Tensor, back: bool, head: HeadT
 
     def work(item) -> None:
         slab, part = item
-        for tile in head.tiles(slab, h, targets, workers):
+        for tile in head.tiles(slab, h, targets):
             delta = tile.logits.sub_(normalizer[tile.span, None]).exp_()
             target = tile.local.clamp(0, delta.shape[1] - 1)[:, None]  # not by a mask: its size would be fetched
             delta.scatter_add_(1, target, -tile.inside[:, None].to(delta.dtype))
@@ -1689,7 +1685,7 @@ class Dense:
 
 class Factored:
     """z = A B^T on one tensor, from its factors A [rows, r] and B [columns, r], float32. It is multiplied without being
-    formed: x z^T is `outer` of `inner`.
+    formed: x z^T is what `add_outer` adds, of `inner`.
     """
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor, tensor: Tensor):
@@ -1703,12 +1699,12 @@ class Factored:
         return self.left[ids].to(dtype) @ self.right.T.to(dtype)
 
     def inner(self, x: torch.Tensor, scale: float) -> torch.Tensor:
-        """Return what `outer` needs of x [S, columns], times scale: a row for each of x."""
+        """Return what `add_outer` needs of x [S, columns], times scale: a row for each of x."""
         return x @ self.right.to(x.dtype) * scale
 
-    def outer(self, inner: torch.Tensor, rows: slice, out: torch.Tensor) -> None:
-        """Write scale x z[rows]^T into out [S, rows]."""
-        torch.mm(inner, self.left[rows].T.to(out.dtype), out=out)
+    def add_outer(self, inner: torch.Tensor, rows: slice, out: torch.Tensor) -> None:
+        """Add scale x z[rows]^T to out [S, rows]."""
+        out.addmm_(inner, self.left[rows].T.to(out.dtype))
 
     @staticmethod
     def sum(zs: list[Factored], values: list[float]) -> Factored:
@@ -2236,12 +2232,11 @@ class Perturbed:
         return direction, direction.inner(x, -self.epsilon if sign else self.epsilon)
 
     def _factored_linear(self, tensor: Tensor, x: torch.Tensor) -> torch.Tensor:
-        y, weight = x.new_empty(*x.shape[:-1], tensor.rows), tensor.matrix.to(x.dtype).T
+        y = torch.nn.functional.linear(x, tensor.matrix.to(x.dtype))
 
-        def work(group: tuple[int, int]) -> None:  # z first: the product that follows adds to it for nothing
+        def work(group: tuple[int, int]) -> None:
             direction, inner = self.inner(*group, tensor, x[group])
-            direction.outer(inner, slice(0, tensor.rows), y[group])
-            y[group].addmm_(x[group], weight)
+            direction.add_outer(inner, slice(0, tensor.rows), y[group])
 
         self.workers.each(work, itertools.product(range(self.count), (0, 1)))
         return y
@@ -2807,7 +2802,7 @@ def schedule(config: Config, step: int, total: int) -> float:
 
 LARGEST_UPDATE = 1e18  # a gradient entry beyond this overflows the squares that adam keeps
 LOWER_RATE = "lower --learning_rate or --epsilon"
-UPDATE_SHARED_FROM = 32  # queries, times log2(ranks); with fewer, every rank makes a dense update whole
+UPDATE_SHARED_FROM = 64  # queries, times log2(ranks); with fewer, every rank makes a dense update whole
 
 
 @dataclass(frozen=True)
@@ -2961,10 +2956,10 @@ class Backpropagation(Rule):
 def shared_out(tensors: list[Tensor], queries: Queries, optimizer: Optimizer, ranks: Ranks) -> list[int | None]:
     """Return which rank updates each tensor and sends it to the others; None: each of them does, for itself.
 
-    A dense update of n entries draws q n numbers, 4e8 to 5e8 a second on two cores; sent they are 4 n bytes, 1.25e8 a
-    second at 1 Gbit/s, log2(ranks) times over: sending is faster from 16 log2(ranks) queries on, and twice as many are
-    asked for. Low rank is faster made than sent, and an optimizer's state would have to be sent too. Each tensor is
-    made by one rank, so that the bits do not depend on how many there are.
+    A dense update of n entries draws q n numbers, 1.4e9 a second on two cores; sent they are 4 n bytes, 1.25e8 a second
+    at 1 Gbit/s, log2(ranks) times over: sending is faster from 46 log2(ranks) queries on; 64 are asked for. Low rank is
+    faster made than sent, and an optimizer's state would have to be sent too. Each tensor is made by one rank, so that
+    the bits do not depend on how many there are.
     """
     sizes, owners = [0] * ranks.size, []
     for tensor in tensors:

@@ -1,6 +1,7 @@
 """Directions: mean 0, E[z z^T] as promised, independent wherever a coordinate differs, the same whenever asked."""
 
 import math
+import re
 
 import harness
 import numpy as np
@@ -181,3 +182,21 @@ def test_parameters_are_numbered_once_and_blocks_cover_them(small_blocks):
         assert rows == list(range(tensor.rows))
         assert tensor.rows * tensor.columns == tensor.parameter.numel()
         assert whole(FAMILIES["gaussian"], tensor).isfinite().all()
+
+
+def test_the_family_that_the_documentation_adds_is_one_class(monkeypatch):
+    """Its code, with a line in DIRECTIONS, is a family of the library function: the same on both paths."""
+    text = (harness.ROOT / "ZO_OPTIMIZATION_README.md").read_text("utf-8")
+    names = dict(vars(zo))
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)
+    monkeypatch.setitem(zo.DIRECTIONS, "sparse", names["Sparse"])
+    (tensor,) = tensors_of((60, 1000))
+    z = whole(names["Sparse"](), tensor)
+    assert sorted(set(z.abs().flatten().tolist())) == [0, pytest.approx(8**0.5)]
+    assert z.square().mean().item() == pytest.approx(1, abs=0.05)
+    assert abs(z.mean().item()) < 0.02
+    model, ids = harness.llama("float64"), torch.arange(18).view(2, 9)
+    given = (model, list(model.parameters()), None, ids, ids, 3, 1e-4, "cpu")
+    (one, _), (two, _) = (zo.zo_gradient_estimator(*given, parallel, direction="sparse") for parallel in (False, True))
+    for a, b in zip(one, two):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
