@@ -1005,8 +1005,9 @@ def multiply_by_onednn() -> torch.library.Library:
     """From now on, give torch's float32 matrix products on the CPU to oneDNN, in this process; return the registration.
 
     torch gives them to MKL, which has no AVX-512 for AMD's CPUs: 107 GFLOP/s a core where oneDNN has 240. Whatever
-    multiplies gains: a model's layers, backpropagation, the output layer, directions. Small products, and tall
-    transposed ones, which oneDNN copies first, stay where they were; sums run in another order, as on another CPU.
+    multiplies gains: a model's layers, backpropagation, the output layer, directions. Products that are small, tall and
+    transposed (oneDNN copies them first), or of odd strides stay where they were. Sums run in another order, as on
+    another CPU.
     """
     library, linear = torch.library.Library("aten", "IMPL"), torch.ops.mkldnn._linear_pointwise.default
     dtypes = torch.float32, torch.bfloat16  # that is oneDNN's anyway, but `kernels` keep Python's lock from workers
@@ -1016,7 +1017,9 @@ def multiply_by_onednn() -> torch.library.Library:
         if a.dtype not in dtypes or b.dtype != a.dtype or a.shape[1] != b.shape[0]:
             return False
         (m, k), n = a.shape, b.shape[1]
-        return m * k * n >= 1 << 20 and (a.stride(1) == 1 or (n >= 128 and m <= 4096))
+        by_rows, by_columns = a.stride(1) == 1 and a.stride(0) >= k, a.stride(0) == 1 and a.stride(1) >= m
+        dense = b.is_contiguous() or b.t().is_contiguous()  # else oneDNN takes a thousand times as long
+        return dense and m * k * n >= 1 << 20 and (by_rows or (by_columns and n >= 128 and m <= 4096))
 
     def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return linear(a, b.t(), bias, "none", [], "")

@@ -47,6 +47,19 @@ def test_every_form_of_a_product_is_torchs(shape, layout):
     near(part.addmm_(a, b), wanted, k)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_onednn_is_given_what_it_is_fast_with(layout):
+    """With a part of a larger matrix on the right it takes a thousand times as long."""
+    zo.multiply_by_onednn()
+    a, b = laid_out(512, 256, layout[0], 1), laid_out(256, 300, layout[1], 1)
+    given = {}
+    for right in (b, b.T.contiguous().T):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            a @ right
+        given[right.is_contiguous() or right.T.is_contiguous()] = "mkldnn" in str([e.key for e in seen.key_averages()])
+    assert given == {True: True, False: False} if layout[1] != "rows" else given == {True: True}
+
+
 def test_other_dtypes_and_wrong_shapes_are_as_ever():
     zo.multiply_by_onednn()
     a = torch.randn(200, 300)
@@ -62,6 +75,9 @@ def test_other_dtypes_and_wrong_shapes_are_as_ever():
 def test_gradients_are_those_of_float64():
     zo.multiply_by_onednn()
     x, w = torch.randn(4, 130, 256, requires_grad=True), torch.randn(300, 256, requires_grad=True)
+    ones = torch.autograd.grad(torch.nn.functional.linear(x, w).sum(), (x, w))  # of a gradient of strides 0
+    torch.testing.assert_close(ones[0][0, 0], w.detach().sum(0), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(ones[1][0], x.detach().sum((0, 1)), rtol=1e-4, atol=1e-3)
     y = torch.nn.functional.linear(x, w).square().mean()
     found = torch.autograd.grad(y, (x, w))
     wide = [value.detach().double().requires_grad_() for value in (x, w)]
