@@ -856,7 +856,7 @@ def stream(device: torch.device, seed: int, purpose: int, *coordinates: int) -> 
 def random_bytes(count: int, device: torch.device, seed: int, purpose: int, *coordinates: int) -> torch.Tensor:
     """Return random bytes at these coordinates, uint8 [count].
 
-    On a CPU they are numpy's SFC64: a quarter of the time of torch's generator, and seeded by more than 32 bits.
+    On a CPU they are numpy's SFC64: a quarter of the time of torch's random_ (int32), and seeded by more than 32 bits.
     """
     if device.type == "cpu":
         generator = np.random.SFC64(np.random.SeedSequence(seed, spawn_key=(purpose, *coordinates)))
@@ -992,14 +992,6 @@ class Workers(contextlib.ExitStack):
             raise failures[0]
 
 
-def onednn_is_faster() -> bool:
-    """Return whether float32 products are faster by oneDNN than by MKL: on AMD's CPUs with AVX-512."""
-    info = Path("/proc/cpuinfo")
-    amd = info.exists() and "AuthenticAMD" in info.read_text("utf-8", "replace")
-    known = hasattr(torch.library, "get_kernel") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return amd and known and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
 @functools.cache
 def multiply_by_onednn() -> torch.library.Library:
     """From now on, give torch's float32 matrix products on the CPU to oneDNN, in this process; return the registration.
@@ -1045,6 +1037,16 @@ def multiply_by_onednn() -> torch.library.Library:
         for name, kernel in {"mm": mm, "mm.out": mm_out, "addmm": addmm, "addmm_": addmm_}.items():
             library.impl(name, kernel, "CPU", with_keyset=True, allow_override=True)
     return library
+
+
+def fast_products() -> bool:
+    """Give float32 products to oneDNN where it is faster than MKL, on AMD's CPUs with AVX-512; return whether it is."""
+    info = Path("/proc/cpuinfo")
+    amd = info.exists() and "AuthenticAMD" in info.read_text("utf-8", "replace")
+    known = hasattr(torch.library, "get_kernel") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if faster := amd and known and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        multiply_by_onednn()
+    return faster
 
 
 class Stop(contextlib.ExitStack):
@@ -4878,7 +4880,7 @@ def read_config(path: Path) -> Config:
     if faults := faults or value_faults(Config(**flags)) + text_faults(Config(**flags | {"dataset": "embedded"})):
         raise UsageError("\n".join(f"{where}: {fault}" for fault in faults))
     config = Config(**flags)
-    if config.measures and about.get("direction_format", 1) != DIRECTION_FORMAT:
+    if (config.measures or config.weights != "float32") and about.get("direction_format", 1) != DIRECTION_FORMAT:
         raise UsageError(
             f"{where}: of a version that draws other directions; go on with that one (git_commit there names it), or "
             "start a new run from its checkpoint with --init_from"
@@ -5339,7 +5341,7 @@ def opening(job: Job) -> None:
     tokens *= config.batch_size * config.block_size
     forward = "" if config.layerwise else f", {short(tokens)} tokens through forward passes in all"
     forward = " at most" if config.source.examples else forward
-    products = ", products by oneDNN" if job.objective.device.type == "cpu" and onednn_is_faster() else ""
+    products = ", products by oneDNN" if job.objective.device.type == "cpu" and fast_products() else ""
     lines = [
         f"run directory {job.run.path}",
         f"mode {rule}; {rate}, {how}",
@@ -5568,8 +5570,7 @@ def prepared(config: Config, run: RunDirectory | None, ranks: Ranks) -> Iterator
     quiet_libraries()
     if threads := cpu_threads(config, ranks):
         torch.set_num_threads(threads)
-    if onednn_is_faster():
-        multiply_by_onednn()
+    fast_products()
     with Workers(choose_device(config.device, ranks)) as workers:
         corpus = bp_corpus = prepare_corpus(config, config.source, given_tokenizer(config), workers.device)
         unigram = corpus.unigram_loss()

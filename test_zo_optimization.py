@@ -352,8 +352,7 @@ def memory_child(size: str, rows: int, tokens: int, threads: int, names: Sequenc
     libraries load at first use is charged to nobody; and resident figures, as the profiler leaves holes in the heap.
     """
     tiny, model, Bench.device = sized_model("tiny"), sized_model(size), device
-    if zo.onednn_is_faster():
-        zo.multiply_by_onednn()
+    zo.fast_products()
 
     def measured(name: str, measure: Callable, count: int) -> float:
         torch.set_num_threads(count)
@@ -508,12 +507,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked, tables, info, threads = parse_arguments(argv), {}, Path("/proc/cpuinfo"), torch.get_num_threads()
     zo.quiet_libraries()
     Bench.device = asked.device
-    if zo.onednn_is_faster():
-        zo.multiply_by_onednn()
     cpu = re.search(r"model name\s*: *(.*)", info.read_text() if info.exists() else "")
     machine = {"python": platform.python_version(), "torch": torch.__version__, "threads": threads}
     machine |= {"transformers": transformers.__version__, "cpu": cpu[1] if cpu else platform.machine()}
-    machine |= {"bfloat16 hardware": BFLOAT16, "device": asked.device, "oneDNN": zo.onednn_is_faster()}
+    machine |= {"bfloat16 hardware": BFLOAT16, "device": asked.device, "oneDNN": zo.fast_products()}
     print(", ".join(f"{key} {value}" for key, value in machine.items()), time.strftime("%Y-%m-%d %H:%M:%S"))
 
     def show(table: Callable[..., list[dict]], title: str, *given) -> None:

@@ -5,6 +5,7 @@
     python experiments/report.py tasks logs/tasks                    what runs with --eval_metric reached
     python experiments/report.py ranks 20M                           two processes, a thread each, over one with one
     python experiments/report.py machines 1B                         a step on 64 machines, from pieces measured here
+    python experiments/report.py versions other.py                   steps of another version, and of this one
 
 A run's name without its date and seed is its group; the tables give the mean over seeds (least to largest).
 """
@@ -14,6 +15,8 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
+import importlib.util
+import itertools
 import json
 import math
 import re
@@ -24,6 +27,7 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -179,8 +183,7 @@ def machines(size: str, count: int = 64, q: int = 4096) -> None:
     zo.tune_process()
     import test_zo_optimization as benchmark
 
-    if zo.onednn_is_faster():
-        zo.multiply_by_onednn()
+    zo.fast_products()
 
     def seconds(call) -> float:
         call()
@@ -219,5 +222,72 @@ def machines(size: str, count: int = 64, q: int = 4096) -> None:
     print(f"\n{16 * q / count:.0f} bytes of losses leave a machine in a step")
 
 
+def seconds(script: str, fast: str, size: str, q: int = 8, count: int = 3) -> None:
+    """Prints, as JSON, the median seconds of steps as a version of the script makes them; `fast`: its fast_products."""
+    spec = importlib.util.spec_from_file_location("zo", script)
+    zo = sys.modules["zo"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(zo)
+    zo.tune_process()
+    import torch
+
+    if fast == "fast":
+        zo.fast_products()
+    tokenizer = mock.MagicMock(bos_token_id=0, eos_token_id=0)
+    tokenizer.__len__.return_value = 50257
+    model, workers = zo.build_model(zo.Config(model_size=size), tokenizer), zo.Workers(torch.device("cpu"))
+    tensors, objective = zo.trainable_tensors(model.named_parameters()), zo.Objective(model, workers)
+    ids = torch.randint(50257, (4, 128), generator=torch.Generator().manual_seed(0))
+    sgd, adam = (zo.Optimizer(name, tensors, workers) for name in ("sgd", "adam"))
+    config = zo.Config(direction="feedback", carry="block", optimizer="adam")
+    made = objective, objective, tensors, None, adam, zo.Ranks(), *[lambda step: (ids, ids)] * 3, lambda step: 1.0
+    rule, number, found = zo.Feedback(zo.Setting(config, *made), 0), itertools.count(), {}
+
+    def step(family: str, group: int) -> None:
+        queries = zo.Queries(zo.DIRECTIONS[family](1), 0, 0, q, 1e-3)
+        losses = zo.query_losses(objective, tensors, zo.query_batch(ids, ids, q, "shared"), queries, group)
+        sgd.apply_estimate(tensors, queries, zo.projected_gradients(losses, 1e-3), 1e-7)
+
+    def passes() -> None:
+        with torch.no_grad():
+            for _ in range(2 * q):
+                objective.losses(ids, ids)
+
+    acts = {f"{2 * q} forward passes": passes}
+    for family, group in itertools.product(("gaussian", "rademacher", "kronecker", "lowrank"), (0, 4, 8)):
+        if group or family in ("gaussian", "rademacher"):
+            where = f"batched by {group}" if group else "in place"
+            acts[f"{where}, {family}"] = functools.partial(step, family, group)
+    acts["backpropagation, no update"] = lambda: objective.gradient(ids, ids, tensors)
+    acts["feedback, block, with adam"] = lambda: rule.finish(rule.measure(next(number), 1e-7))
+    for name, act in acts.items():
+        act()
+        began = [time.perf_counter()]
+        for _ in range(count):
+            act()
+            began.append(time.perf_counter())
+        found[name] = statistics.median(b - a for a, b in itertools.pairwise(began))
+    print(json.dumps(found))
+
+
+def versions(other: str, size: str = "20M", repetitions: int = 3) -> None:
+    """Prints the seconds of steps by another version of the script, by this one with torch's own products and by this
+    one, whole processes in turn, and the mean ratio of neighbours to the first (least to most).
+    """
+    sides, ours = [], str(ROOT / "reproduce_zo_paper.py")
+    for _ in range(int(repetitions)):
+        turn = []
+        for script, fast in ((other, "own"), (ours, "own"), (ours, "fast")):
+            words = [sys.executable, "-W", "ignore", __file__, "seconds", script, fast, size]
+            turn.append(json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout))
+        sides.append(turn)
+    print("| step | before, s | torch's products, s | ratio | now, s | ratio |\n|---|---|---|---|---|---|")
+    for name in sides[0][0]:
+        before, own, now = (statistics.median(turn[side][name] for turn in sides) for side in range(3))
+        ratios = [spread([turn[side][name] / turn[0][name] for turn in sides], 2) for side in (1, 2)]
+        print(f"| {name} | {before:.2f} | {own:.2f} | {ratios[0]} | {now:.2f} | {ratios[1]} |")
+
+
 if __name__ == "__main__":
-    {"runs": report, "tasks": tasks, "ranks": ranks, "machines": machines}[sys.argv[1]](*sys.argv[2:])
+    {"runs": report, "tasks": tasks, "ranks": ranks, "machines": machines, "versions": versions, "seconds": seconds}[
+        sys.argv[1]
+    ](*sys.argv[2:])

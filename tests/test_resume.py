@@ -458,6 +458,10 @@ def test_a_run_of_another_direction_format_is_refused_where_queries_are_drawn(ru
             assert "of a version that draws other directions" in line
     path.write_text(json.dumps(about))
     runs.complete(stopped, whole, max_steps=8)
+    other = runs.train("without queries", direction="feedback", query_budget_q=0, max_steps=2)
+    path = other / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "direction_format"}))
+    assert runs.resume(other, max_steps=3) == 0
 
 
 def test_a_run_of_an_earlier_token_format_goes_on_and_other_tokens_are_refused(runs, stopped, whole, failure):
