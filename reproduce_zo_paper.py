@@ -386,7 +386,8 @@ class Config:
     dtype: str = SYSTEM(None, "dtype of computation", choices=tuple(EPSILON),
         shown="float32; bfloat16 with --weights bfloat16")
     weights: str = SYSTEM("float32", "how matrices are stored (adapters, norms and biases: always float32). bfloat16: "
-        "half the memory; updates are rounded at random, right on average", choices=tuple(EPSILON))
+        "half the memory; updates are rounded at random, right on average. int8: with --scope lora:R, the blocks' "
+        "linear layers, a scale a row (needs torchao)", choices=(*EPSILON, "int8"))
     num_threads: int | None = SYSTEM(None, "CPU threads of a process; may change rounding (default: all cores, shared "
         "out under torchrun)", least=1, most=4096, free=True)
     sync_check_interval: int = SYSTEM(50, "torchrun: steps between checks that weights agree", least=1, free=True)
@@ -405,7 +406,7 @@ class Config:
         direction = self.direction or mode.defaults.get("direction", "gaussian")
         carry = self.carry or ("stream" if self.query_budget_q else "block")
         own = FAMILIES[direction].defaults(carry) if mode.queries and direction in FAMILIES else {}
-        dtype = self.dtype or self.weights
+        dtype = self.dtype or (self.weights if self.weights in EPSILON else "float32")
         epsilon = EPSILON.get(dtype, 1e-3) if self.objective == "loss" else EPSILON_SCORES
         plain = {"query_budget_q": 8, "epsilon": epsilon, "max_decrease": 0.0, "carry": carry, "dtype": dtype}
         plain |= {"optimizer": "sgd", "learning_rate": 1e-3, "clip_grad_norm": 0.0 if self.layerwise else 1.0}
@@ -658,9 +659,10 @@ def value_faults(config: Config) -> list[str]:
          "continuations are made one query after the other; leave out --parallel_q_computation"),
         (c.eval_metric is None or c.source.examples, f"--{'eval_metric' if c.objective == 'loss' else 'objective'} "
          f"{c.eval_metric}: scores are of prompts with completions; name --prompt_column, --completion_column"),
-        (c.weights == c.dtype or c.weights == "float32", f"--dtype {c.dtype}: weights in bfloat16 are computed with in "
-         "bfloat16; leave it out"),
-        (c.weights == "float32" or c.parallel_q_computation or c.adapter_rank or not (c.measures and
+        (c.weights != "bfloat16" or c.dtype == "bfloat16", f"--dtype {c.dtype}: weights in bfloat16 are computed with "
+         "in bfloat16; leave it out"),
+        (c.weights != "int8" or c.adapter_rank, "--weights int8: such weights are not trained; take --scope lora:R"),
+        (c.weights != "bfloat16" or c.parallel_q_computation or c.adapter_rank or not (c.measures and
          family.perturbs_weights), "--weights bfloat16: queries in place would move such weights; take --scope lora:R" +
          ", or --parallel_q_computation, which does not write them" * (c.objective in ("loss", "accuracy"))),
         (c.min_lr <= c.learning_rate, f"--min_lr {c.min_lr:g}: must be from 0 to --learning_rate"),
@@ -878,9 +880,9 @@ def normal_levels() -> torch.Tensor:
 
 
 @functools.cache
-def byte_signs(device: torch.device) -> torch.Tensor:
+def byte_signs() -> torch.Tensor:
     """Return the bits of every byte as +1 and -1, the low bit first, float32 [256, 8]."""
-    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)
+    bits = torch.arange(256)[:, None] >> torch.arange(8)
     return (bits % 2 * 2 - 1).float()
 
 
@@ -1803,10 +1805,14 @@ class Rademacher(Gaussian):
 
     @staticmethod
     def fill(out: torch.Tensor, *coordinates: int) -> None:
-        """From one random bit each: byte k gives elements 8k to 8k+7, the low bit first."""
-        flat, whole = out.view(-1), out.numel() // 8
+        """From one random bit each: byte k gives elements 8k to 8k+7, the low bit first. Elsewhere than on a CPU they
+        are the device's own: there a look at the table takes as long as half a forward pass.
+        """
+        if out.device.type != "cpu":
+            out.bernoulli_(generator=stream(out.device, *coordinates)).mul_(2.0).sub_(1.0)
+            return
+        flat, whole, signs = out.view(-1), out.numel() // 8, byte_signs()
         drawn = random_bytes(-(-out.numel() // 8), out.device, *coordinates).to(torch.int32)
-        signs = byte_signs(out.device)
         torch.index_select(signs, 0, drawn[:whole], out=flat[: 8 * whole].view(-1, 8))
         flat[8 * whole :] = torch.index_select(signs, 0, drawn[whole:]).view(-1)[: out.numel() - 8 * whole]
 
@@ -4173,7 +4179,7 @@ def adapted_layer() -> type:
         def merged(self) -> torch.Tensor:
             """The weight of one layer that does the same, of the shape that the base's has."""
             product = self.lora_B.weight @ self.lora_A.weight
-            return self.base.weight + (product if isinstance(self.base, torch.nn.Linear) else product.T)
+            return self.base.weight.dequantize() + (product if isinstance(self.base, torch.nn.Linear) else product.T)
 
     return Adapted
 
@@ -4221,6 +4227,17 @@ def lowered(model: torch.nn.Module) -> torch.nn.Module:
         if isinstance(module, torch.nn.Embedding):
             module.register_forward_hook(looked_up)
     return model
+
+
+def quantize(model: torch.nn.Module) -> None:
+    """Store the matrices of the blocks' linear layers in int8, with a float32 scale a row; raises UsageError."""
+    try:
+        torchao = importlib.import_module("torchao.quantization")
+    except ImportError as error:
+        raise UsageError(f"--weights int8: needs torchao ({first_line(error)}); pip install torchao") from error
+    if not any(isinstance(module, torch.nn.Linear) for module in decoder_blocks(model).modules()):
+        raise UsageError(f"--weights int8: the blocks of {type(model).__name__} have no torch.nn.Linear; leave it out")
+    torchao.quantize_(decoder_blocks(model), torchao.Int8WeightOnlyConfig())
 
 
 def add_adapters(model: torch.nn.Module, config: Config) -> None:
@@ -4292,7 +4309,7 @@ def save_merged(model: torch.nn.Module, folder: Path) -> None:
             if kind.startswith("base."):
                 merged = module.merged.detach() if kind == "base.weight" else value
                 state[f"{name}.{kind.removeprefix('base.')}"] = merged
-    model.save_pretrained(folder, state_dict={name: value.float() for name, value in state.items()})
+    model.save_pretrained(folder, state_dict={name: value.dequantize() for name, value in state.items()})
     about = read_json(folder / "config.json") | {"dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(about, indent=2), "utf-8")
 
@@ -4300,17 +4317,18 @@ def save_merged(model: torch.nn.Module, folder: Path) -> None:
 def loaded_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast) -> torch.nn.Module:
     """Return the model of --init_from, from safetensors, running no code of its own; raises UsageError."""
     name, safe = config.init_from, {"use_safetensors": True, "trust_remote_code": False}
+    loaded = torch.bfloat16 if config.weights == "bfloat16" else torch.float32
     adapter = f"--init_from {name}: an adapter, not a model; name one that it is merged into (--export_dir does it)"
     if (Path(name) / "adapter_config.json").is_file():
         raise UsageError(adapter)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, config.weights), **safe)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=loaded, **safe)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         reason = f"no causal language model that loads from safetensors: {first_line(error)}"
         raise UsageError(f"--init_from {name}: {reason}") from error
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers loads a hub's adapter, if peft is there
         raise UsageError(adapter)
-    if config.weights != "float32":
+    if loaded == torch.bfloat16:
         folder = Path(transformers.utils.cached_file(name, "config.json")).parent
         vectors = {key: value for key, value in model.named_parameters() if value.ndim < 2}
         for path in folder.glob("*.safetensors"):  # norms as they are, not rounded
@@ -4330,9 +4348,11 @@ def loaded_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast
 
 def build_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast) -> torch.nn.Module:
     """Return the model of --init_from, or a Llama whose weights are a function of the seed; on the CPU."""
-    finish = lowered if config.weights != "float32" else lambda model: model
+    finish = lowered if config.weights == "bfloat16" else lambda model: model
     if config.init_from:
         model = finish(loaded_model(config, tokenizer))
+        if config.weights == "int8":
+            quantize(model)
         if config.adapter_rank:
             add_adapters(model, config)
         return model.eval()
@@ -4364,19 +4384,27 @@ def parameter_count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def plain_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the tensors that the parameters are made of: one each, or a quantized one's integers and scales."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "__tensor_flatten__"):
+            yield from (getattr(parameter, name) for name in parameter.__tensor_flatten__()[0])
+        else:
+            yield parameter.detach()
+
+
 def weights_digest(model: torch.nn.Module) -> str:
     """Return the SHA-256 of all parameters."""
     digest = hashlib.sha256()
-    for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    for values in plain_tensors(model):
+        digest.update(values.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def sample_digest(model: torch.nn.Module, seed: int, step: int) -> str:
     """Return the SHA-256 of a sample of the weights, another one in every step: a difference that stays is found."""
     digest = hashlib.sha256()
-    for index, parameter in enumerate(model.parameters()):
-        values = parameter.detach().reshape(-1)
+    for index, values in enumerate(map(torch.ravel, plain_tensors(model))):
         if len(values) > SAMPLED_WEIGHTS:
             generator = stream(torch.device("cpu"), seed, PURPOSE_CHECK, step, index)
             values = values[torch.randint(len(values), (SAMPLED_WEIGHTS,), generator=generator).to(values.device)]
@@ -4880,7 +4908,7 @@ def read_config(path: Path) -> Config:
     if faults := faults or value_faults(Config(**flags)) + text_faults(Config(**flags | {"dataset": "embedded"})):
         raise UsageError("\n".join(f"{where}: {fault}" for fault in faults))
     config = Config(**flags)
-    if (config.measures or config.weights != "float32") and about.get("direction_format", 1) != DIRECTION_FORMAT:
+    if (config.measures or config.weights == "bfloat16") and about.get("direction_format", 1) != DIRECTION_FORMAT:
         raise UsageError(
             f"{where}: of a version that draws other directions; go on with that one (git_commit there names it), or "
             "start a new run from its checkpoint with --init_from"
@@ -4893,9 +4921,9 @@ def read_config(path: Path) -> Config:
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 
-def short(number: float) -> str:
-    """Return 1234567 as 1.23M."""
-    size, unit = next((each for each in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if number >= each[0]), (1, ""))
+def short(number: float, billion: str = "B") -> str:
+    """Return 1234567 as 1.23M, and 10^9 with the letter for `billion`."""
+    size, unit = next((each for each in ((1e9, billion), (1e6, "M"), (1e3, "k")) if number >= each[0]), (1, ""))
     return f"{number / size:.2f}{unit}" if unit else f"{number:.0f}"
 
 
@@ -5594,6 +5622,8 @@ def prepared(config: Config, run: RunDirectory | None, ranks: Ranks) -> Iterator
 
 def quiet_libraries() -> None:
     """Turn off libraries' progress bars and advice, which would drown the run's own lines."""
+    for name in ("torchao", "torch.utils._pytree"):  # what torchao says of its kernels wherever it is installed
+        logging.getLogger(name).setLevel(logging.ERROR)
     importlib.import_module("transformers.utils.logging").set_verbosity_error()
     importlib.import_module("transformers.utils.logging").disable_progress_bar()
 
@@ -5639,7 +5669,7 @@ def unite(job: Job) -> None:
         job.state = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
         journal.memory = {record.step: record for record in ahead}
     if job.done:
-        ranks.broadcast([*job.state.values(), *(p.data for p in job.model.parameters())], "at the start")
+        ranks.broadcast([*job.state.values(), *plain_tensors(job.model)], "at the start")
     facts = {
         "tokens": file_digest(job.corpus.folder / MANIFEST)[:12],
         "weights": sample_digest(job.model, job.config.seed, job.done)[:12],
@@ -5676,7 +5706,7 @@ def train(job: Job) -> int:
     except Interrupted as stop:
         code = 128 + stop.args[0]
     except NonFiniteError:
-        if account and all(parameter.isfinite().all() for parameter in job.model.parameters()):
+        if account and all(values.isfinite().all() for values in plain_tensors(job.model)):
             log.info(f"the weights before this step are kept in {job.save()}")
         raise
     finally:
@@ -5787,12 +5817,13 @@ def rehearse(job: Job) -> None:
     validations, saves = 2 + total // config.eval_interval, 1 + total // config.save_interval
     whole = first * backward + other * (total - backward) + validation * validations + saving * saves
     size, kept = sum(path.stat().st_size for path in folder.iterdir()), min(config.keep_checkpoints, saves) + 1
+    disk = short(kept * size, "G")
     log.info(
         f"dry run: validation loss {loss:.4f} ({validation:.2f} s), two steps ({first:.2f} s and {other:.2f} s), a "
-        f"checkpoint written and read back ({saving:.2f} s, {short(size)}B)"
+        f"checkpoint written and read back ({saving:.2f} s, {short(size, 'G')}B)"
     )
     log.info(
-        f"the whole run: {total} steps in about {duration(whole)}; disk {short(kept * size)}B ({kept} checkpoints); "
+        f"the whole run: {total} steps in about {duration(whole)}; disk {disk}B ({kept} checkpoints); "
         f"peak memory so far {peak_memory_mib(job.objective.device):.0f} MiB"
     )
     log.info("nothing was kept but the tokens")

@@ -272,16 +272,18 @@ def stages_table(size: str, q: int, repetitions: int, rows: int, tokens: int) ->
 
 
 def profile_table(size: str, q: int, rows: int, tokens: int) -> list[dict]:
-    """Where the milliseconds of a step go: operators, over all threads (the draws are normal_ and random_)."""
+    """Where the milliseconds of a step go: operators, over all threads, and on a GPU its kernels."""
     settings, table = torch._C._profiler._ExperimentalConfig(profile_all_threads=True), []
     with Bench(sized_model(size), rows, tokens) as b:
         for name, step in contenders(b, q).items():
             step(0)
             with torch.profiler.profile(experimental_config=settings) as profile:
                 step(1)
-            for each in sorted(profile.key_averages(), key=lambda each: -each.self_cpu_time_total)[:6]:
-                row = {"step": name, "operator": each.key, "calls": each.count}
-                table.append(row | {"ms": each.self_cpu_time_total / 1e3})
+            for times in ("self_cpu_time_total", "self_device_time_total"):
+                found = sorted(profile.key_averages(), key=lambda each: -getattr(each, times))[:6]
+                for each in (each for each in found if getattr(each, times)):
+                    row = {"step": name, "on": times.split("_")[1], "operator": each.key[:60], "calls": each.count}
+                    table.append(row | {"ms": getattr(each, times) / 1e3})
     return table
 
 
@@ -511,6 +513,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = {"python": platform.python_version(), "torch": torch.__version__, "threads": threads}
     machine |= {"transformers": transformers.__version__, "cpu": cpu[1] if cpu else platform.machine()}
     machine |= {"bfloat16 hardware": BFLOAT16, "device": asked.device, "oneDNN": zo.fast_products()}
+    machine |= {"gpu": torch.cuda.get_device_name()} if asked.device == "cuda" else {}
     print(", ".join(f"{key} {value}" for key, value in machine.items()), time.strftime("%Y-%m-%d %H:%M:%S"))
 
     def show(table: Callable[..., list[dict]], title: str, *given) -> None:

@@ -25,6 +25,9 @@ import reproduce_zo_paper as zo  # noqa: E402
 MINIATURE = zo.Size(32, 2, 2, 64, "bpe:300")
 MINIATURE_BLOCK = 1 << 11
 
+# ZO_TEST_DEVICE=cuda pytest: every run of the tests on a GPU.
+DEVICE = os.environ.get("ZO_TEST_DEVICE", "cpu")
+
 # Every default that matters is given, so that tests do not change with them; `fitting` leaves out those without effect.
 FLAGS = {
     "mode": "ZO",
@@ -46,7 +49,7 @@ FLAGS = {
     "eval_samples": 4,
     "save_interval": 2,
     "keep_checkpoints": 100,
-    "device": "cpu",
+    "device": DEVICE,
     "num_threads": 2,
 }
 TIME_COLUMNS = ("seconds", "peak_memory_mib")
@@ -81,7 +84,8 @@ def fitting(given: dict) -> dict:
 def shrink(setter=dict.__setitem__) -> None:
     """Makes `tiny` the miniature, and blocks small."""
     setter(zo.MODEL_SIZES, "tiny", MINIATURE)
-    setter(zo.BLOCK_ELEMENTS, "cpu", MINIATURE_BLOCK)
+    for device in ("cpu", "cuda"):
+        setter(zo.BLOCK_ELEMENTS, device, MINIATURE_BLOCK)
 
 
 def llama(dtype: str = "float32", tied: bool = True):
@@ -301,8 +305,10 @@ _context = None
 
 
 def context():
-    """Processes are forked from a server that has imported everything and computed nothing."""
+    """Processes are forked from a server that has imported everything and computed nothing; CUDA can't be forked."""
     global _context
+    if _context is None and DEVICE == "cuda":
+        _context = multiprocessing.get_context("spawn")
     if _context is None:
         _context = multiprocessing.get_context("forkserver")
         _context.set_forkserver_preload(["heavy_imports"])
@@ -361,7 +367,10 @@ def free_port() -> int:
 def ranks(count: int, words: list, log: Path, faults: dict[int, tuple]) -> list[Child]:
     """The script in `count` processes, as torchrun would start them; `words` are theirs, or each one's own."""
     common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    own = [{name: str(v) for name, v in (common | {"RANK": n, "LOCAL_RANK": n}).items()} for n in range(count)]
+    if DEVICE == "cuda":  # as if each were on a machine of its own: one machine has a device for each of its processes
+        common |= {"LOCAL_WORLD_SIZE": 1}
+    here = range(count) if DEVICE == "cpu" else [0] * count
+    own = [{key: str(v) for key, v in (common | {"RANK": n, "LOCAL_RANK": here[n]}).items()} for n in range(count)]
     words = words if isinstance(words[0], list) else [words] * count
     return [Child(words[n], log.with_suffix(f".{n}"), faults.get(n, ()), own[n]) for n in range(count)]
 

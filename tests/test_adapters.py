@@ -1,6 +1,9 @@
 """--scope lora:R: what is trained, peft's file format, merged export, resume, replay, ranks."""
 
 import json
+import re
+import sys
+import types
 from pathlib import Path
 
 import harness
@@ -8,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_init_from import ARCHITECTURES, flags, saved  # noqa: F401
+from test_init_from import ARCHITECTURES, flags, saved, validation  # noqa: F401
 
 import reproduce_zo_paper as zo
 
@@ -120,6 +123,68 @@ def test_batched_adapters_are_measured_as_in_place(saved, workers):  # noqa: F81
 def test_two_ranks_are_one(runs, saved):  # noqa: F811
     given = flags(saved(), **LORA, max_steps=3, query_budget_q=3, num_threads=1)
     assert harness.differences(runs.train("one", **given), runs.train_ranks(2, "two", **given)) == []
+
+
+@pytest.fixture
+def torchao():
+    return pytest.importorskip("torchao.quantization")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"parallel_q_computation": True, "direction": "lowrank", "dtype": "bfloat16"},
+        {"mode": "FO", "query_budget_q": None},
+        {"direction": "feedback", "query_budget_q": None},
+    ],
+    ids=lambda more: "-".join(map(str, more.values())) or "plain",
+)
+def test_int8_weights_stay_and_adapters_learn_on_them(runs, saved, torchao, more):  # noqa: F811
+    """The model that is exported has the loss that the run measured; resume and replay are bitwise."""
+    folder = saved()
+    given = flags(folder, **LORA | {"query_budget_q": 3, "weights": "int8", "max_steps": 5} | more)
+    whole = runs.train("whole", **given, export_dir=runs.folder / "merged")
+    run = runs.train("logs", **given, save_interval=2)
+    harness.damage(harness.last_checkpoint(run) / "adapter_model.safetensors", "flipped")
+    (run / "finished.json").unlink()
+    assert runs.resume(run) == 0
+    assert harness.differences(whole, run) == []
+    assert runs.replay(whole) == 0
+    losses = [float(row["val_loss"]) for row in harness.metrics(whole) if row["val_loss"]]
+    assert losses[-1] != losses[0]
+    assert validation(runs.folder / "merged", whole) == pytest.approx(losses[-1], abs=3e-3 if "dtype" in more else 1e-4)
+    base, merged = (load_file(at / "model.safetensors") for at in (folder, runs.folder / "merged"))
+    assert {value.dtype for value in merged.values()} == {torch.float32}
+    for name, value in base.items():  # half a level of 127 in each row; what has an adapter moved
+        error, row = (merged[name] - value).abs().reshape(len(value), -1), value.abs().reshape(len(value), -1).amax(1)
+        inside = name.split(".")[-2].endswith("_proj")
+        assert (error.amax(1) <= row / 127 * 0.51).all() or name.split(".")[-2] in ("q_proj", "v_proj")
+        assert (error.max() > 0) == inside
+
+
+def test_int8_weights_take_a_byte_each_and_a_difference_is_seen(saved, torchao):  # noqa: F811
+    config = zo.Config(init_from=str(saved()), scope="lora:2", weights="int8", block_size=32)
+    model = zo.build_model(config, zo.given_tokenizer(config))
+    stored = [values for values in zo.plain_tensors(model) if values.dtype == torch.int8 and values.numel() > 48]
+    assert {values.numel(): values.nbytes for values in stored} == {32 * 32: 32 * 32, 32 * 48: 32 * 48}
+    assert config.dtype == "float32"
+    before = zo.weights_digest(model), zo.sample_digest(model, 0, 0)
+    stored[-1].add_(1)  # most are not at the top
+    assert zo.weights_digest(model) != before[0]
+    assert zo.sample_digest(model, 0, 0) != before[1]
+
+
+def test_int8_weights_are_refused_where_they_make_no_sense(runs, saved, failure, monkeypatch):  # noqa: F811
+    assert "such weights are not trained; take --scope lora:R" in failure(runs.code, weights="int8")[1]
+    given = LORA | {"weights": "int8", "lora_targets": "c_attn"}
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    code, line = failure(runs.code, **flags(saved(), **given))
+    assert code == 2
+    assert re.search(r"--weights int8: needs torchao \(.*\); pip install torchao", line)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", types.ModuleType("torchao.quantization"))
+    line = failure(runs.code, **flags(saved("GPT2"), **given))[1]
+    assert "the blocks of GPT2LMHeadModel have no torch.nn.Linear" in line
 
 
 def test_what_has_no_sense_is_refused(runs, saved, failure):  # noqa: F811

@@ -38,6 +38,21 @@ def test_directions_are_part_of_the_format():
         assert torch.equal(signs, torch.from_numpy(2 * bits - 1))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_a_gpu_draws_is_as_distributed_and_a_function_of_coordinates():
+    at, count = zo.Coordinates(42, 10, 3).of(5, 1), 1 << 22
+    for fill, values, fourth in ((zo.normals, None, 3.0), (zo.Rademacher.fill, {-1.0, 1.0}, 1.0)):
+        one, same, other = (torch.empty(count, device="cuda") for _ in range(3))
+        for out, where in ((one, at), (same, at), (other, (*at[:-1], 2))):
+            fill(out, *where)
+        assert torch.equal(one, same)
+        assert abs((one * other).mean().item()) < 5 / count**0.5
+        assert abs(one.mean().item()) < 5 / count**0.5
+        assert one.double().pow(4).mean().item() == pytest.approx(fourth, abs=0.03)
+        assert values is None or set(one.unique().tolist()) == values
+        assert one.abs().max() <= zo.Gaussian.largest
+
+
 def test_the_levels_are_a_normal_distribution_of_65536_equal_parts():
     levels = zo.normal_levels().double()
     assert levels.mean().item() == 0

@@ -9,6 +9,7 @@ import time
 
 import harness
 import pytest
+import torch
 
 import reproduce_zo_paper as zo
 
@@ -229,6 +230,7 @@ def test_what_one_process_does_is_refused_to_more(runs):
         assert line == "error: --replay, --dry_run, --compare: one process is enough; start it without torchrun"
 
 
+@pytest.mark.skipif(harness.DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs two devices")
 def test_torchrun_starts_it(runs):
     one = runs.train("one", num_threads=1)
     code = "import sys, harness; harness.shrink(); sys.exit(harness.zo.main(sys.argv[1:]))"
