@@ -237,6 +237,7 @@ MODES = {
 OPTIMIZERS = ("sgd", "adam", "mudamw")
 # By the error of c over epsilon (docs/benchmarks.md): rounding (1/epsilon) against bias (epsilon^2).
 EPSILON = {"float32": 1e-3, "bfloat16": 3e-3}
+TORCHAO = "0.18.0"  # what --weights int8 was tested with
 EPSILON_SCORES = 1e-2  # scores are flat: of 12 queries of SmolLM2-135M on 8 rows 2, 8, 10 differ at 1e-3, 3e-3, 1e-2
 
 
@@ -387,7 +388,8 @@ class Config:
         shown="float32; bfloat16 with --weights bfloat16")
     weights: str = SYSTEM("float32", "how matrices are stored (adapters, norms and biases: always float32). bfloat16: "
         "half the memory; updates are rounded at random, right on average. int8: with --scope lora:R, the blocks' "
-        "linear layers, a scale a row (needs torchao)", choices=(*EPSILON, "int8"))
+        "linear layers, a scale a row, by torchao; backpropagation through them holds them in float32 as well",
+        choices=(*EPSILON, "int8"))
     num_threads: int | None = SYSTEM(None, "CPU threads of a process; may change rounding (default: all cores, shared "
         "out under torchrun)", least=1, most=4096, free=True)
     sync_check_interval: int = SYSTEM(50, "torchrun: steps between checks that weights agree", least=1, free=True)
@@ -719,10 +721,12 @@ def useless_flags(config: Config, given: set[str]) -> list[str]:
 
 def validate(config: Config, given: set[str], faulty: set[str]) -> list[str]:
     """Return every fault that shows without data, one line each; flags in `faulty` have had theirs."""
-    trackers = {"tensorboard": config.tensorboard and "tensorboard", f"track {config.track}": config.track}
-    missing = {flag: name for flag, name in trackers.items() if name and importlib.util.find_spec(name) is None}
+    packages = {"tensorboard": config.tensorboard and "tensorboard", f"track {config.track}": config.track}
+    packages |= {"weights int8": config.weights == "int8" and f"torchao=={TORCHAO}"}
+    wanted = {flag: name for flag, name in packages.items() if name}
+    missing = [flag for flag, name in wanted.items() if importlib.util.find_spec(name.partition("==")[0]) is None]
     faults = action_faults(config, given)
-    faults += [f"--{flag}: its package is not installed; run: pip install {name}" for flag, name in missing.items()]
+    faults += [f"--{flag}: its package is not installed; run: pip install {wanted[flag]}" for flag in missing]
     faults += folder_faults(config)
     if not any(getattr(config, name) for name in ACTIONS):  # else the other flags are the run's own
         faults += [line for line in value_faults(config) if not any(f"--{name}" in line.split() for name in faulty)]
@@ -850,7 +854,7 @@ def stream_seed(seed: int, purpose: int, *coordinates: int) -> int:
 def stream(device: torch.device, seed: int, purpose: int, *coordinates: int) -> torch.Generator:
     """Return a private torch generator at these coordinates.
 
-    torch's on a CPU keeps 32 bits of the seed: of n blocks about n^2 / 2^33 pairs agree, at unrelated coordinates.
+    torch's on a CPU keeps 32 bits of the seed: of n streams about n^2 / 2^33 pairs agree, at unrelated coordinates.
     """
     return torch.Generator(device).manual_seed(stream_seed(seed, purpose, *coordinates))
 
@@ -863,9 +867,8 @@ def random_bytes(count: int, device: torch.device, seed: int, purpose: int, *coo
     if device.type == "cpu":
         generator = np.random.SFC64(np.random.SeedSequence(seed, spawn_key=(purpose, *coordinates)))
         return torch.from_numpy(generator.random_raw(-(-count // 8)).view(np.uint8))[:count]
-    words = torch.empty(-(-count // 4), dtype=torch.int32, device=device)
-    words.random_(-(2**31), 2**31, generator=stream(device, seed, purpose, *coordinates))
-    return words.view(torch.uint8)[:count]
+    out = torch.empty(count, dtype=torch.uint8, device=device)
+    return out.random_(0, 256, generator=stream(device, seed, purpose, *coordinates))
 
 
 @functools.cache
@@ -875,7 +878,7 @@ def normal_levels() -> torch.Tensor:
     Their fourth moment is 2.999 (3), the largest is 4.33.
     """
     upper = torch.special.ndtri((torch.arange(2**15, dtype=torch.float64) + 0.5) / 2**16 + 0.5)
-    upper /= upper.square().mean().sqrt()
+    upper /= math.sqrt(math.fsum(upper.square().tolist()) / len(upper))  # the same with any number of threads
     return torch.cat([-upper.flip(0), upper]).float()
 
 
@@ -929,9 +932,9 @@ def permuted(index: np.ndarray, size: int, seed: int, *coordinates: int) -> np.n
 class Workers(contextlib.ExitStack):
     """Runs small independent tasks on all cores, one torch thread each, with scratch memory that is reused.
 
-    One generator thread is the slowest part of a dense step: each core takes whole blocks (draw, perturb, multiply)
-    instead of all cores sharing every small operation. On an accelerator, and with one thread, tasks run inline.
-    Results never depend on which worker took which task.
+    Drawing is most of what a dense step takes beside its products: each core takes whole blocks (draw, perturb,
+    multiply) instead of all cores sharing every small operation. On an accelerator, and with one thread, tasks run
+    inline. Results never depend on which worker took which task.
     """
 
     def __init__(self, device: torch.device):
@@ -994,9 +997,13 @@ class Workers(contextlib.ExitStack):
             raise failures[0]
 
 
+LEAST_PRODUCT = 1 << 20  # multiplications of a matrix product that oneDNN is given
+
+
 @functools.cache
 def multiply_by_onednn() -> torch.library.Library:
-    """From now on, give torch's float32 matrix products on the CPU to oneDNN, in this process; return the registration.
+    """From now on, give torch's float32 and bfloat16 matrix products on the CPU to oneDNN, in this process; return the
+    registration.
 
     torch gives them to MKL, which has no AVX-512 for AMD's CPUs: 107 GFLOP/s a core where oneDNN has 240. Whatever
     multiplies gains: a model's layers, backpropagation, the output layer, directions. Products that are small, tall and
@@ -1008,12 +1015,12 @@ def multiply_by_onednn() -> torch.library.Library:
     kernels = {name: torch.library.get_kernel(f"aten::{name}", "CPU") for name in ("mm", "mm.out", "addmm", "addmm_")}
 
     def faster(a: torch.Tensor, b: torch.Tensor) -> bool:
-        if a.dtype not in dtypes or b.dtype != a.dtype or a.shape[1] != b.shape[0]:
+        if not a.ndim == b.ndim == 2 or a.shape[1] != b.shape[0] or a.dtype not in dtypes or b.dtype != a.dtype:
             return False
         (m, k), n = a.shape, b.shape[1]
         by_rows, by_columns = a.stride(1) == 1 and a.stride(0) >= k, a.stride(0) == 1 and a.stride(1) >= m
         dense = b.is_contiguous() or b.t().is_contiguous()  # else oneDNN takes a thousand times as long
-        return dense and m * k * n >= 1 << 20 and (by_rows or (by_columns and n >= 128 and m <= 4096))
+        return dense and m * k * n >= LEAST_PRODUCT and (by_rows or (by_columns and n >= 128 and m <= 4096))
 
     def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return linear(a, b.t(), bias, "none", [], "")
@@ -1026,7 +1033,8 @@ def multiply_by_onednn() -> torch.library.Library:
         return out.copy_(product(a, b)) if fits else kernels["mm.out"].call_boxed(keys, a, b, out=out)
 
     def addmm(keys, c, a, b, *, beta=1, alpha=1):
-        fits = c.dtype == a.dtype and c.shape == b.shape[1:] and beta == alpha == 1 and faster(a, b)
+        fits = c.dtype == a.dtype and c.shape == b.shape[1:] and c.is_contiguous() and beta == alpha == 1
+        fits = fits and faster(a, b)
         return product(a, b, c) if fits else kernels["addmm"].call_boxed(keys, c, a, b, beta=beta, alpha=alpha)
 
     def addmm_(keys, c, a, b, *, beta=1, alpha=1):
@@ -1041,8 +1049,9 @@ def multiply_by_onednn() -> torch.library.Library:
     return library
 
 
+@functools.cache
 def fast_products() -> bool:
-    """Give float32 products to oneDNN where it is faster than MKL, on AMD's CPUs with AVX-512; return whether it is."""
+    """Give products to oneDNN where it is faster than MKL, on AMD's CPUs with AVX-512 (Linux); return whether it is."""
     info = Path("/proc/cpuinfo")
     amd = info.exists() and "AuthenticAMD" in info.read_text("utf-8", "replace")
     known = hasattr(torch.library, "get_kernel") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -1233,7 +1242,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 # │ Loss                                                                                                             │
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 # Hidden states [G, S, n] of G groups of S tokens; a group is what one loss is wanted for. The logits exist one tile
-# (a slice of tokens times a slice of the vocabulary) at a time: whole, they are larger than a 20M model.
+# (a slice of tokens times a slice of the vocabulary) or two at a time: whole, they are larger than a 20M model.
 
 TILE_TOKENS, TILE_VOCABULARY, SLAB_VOCABULARY = 512, 512, 2048  # a tile stays in a core's cache
 TILE_SCALE_ACCELERATOR = 16
@@ -1833,7 +1842,8 @@ class LowRank(Gaussian):
         if not self.factored(tensor):
             return super().direction(tensor, at)
         device, split = tensor.parameter.device, tensor.rows * self.rank
-        drawn = normals(torch.empty(split + tensor.columns * self.rank, device=device), *at.of(tensor.index))
+        out = torch.empty(split + tensor.columns * self.rank, dtype=torch.float32, device=device)
+        drawn = normals(out, *at.of(tensor.index))
         left = drawn[:split].view(tensor.rows, self.rank).mul_(self.rank**-0.5)
         return Factored(left, drawn[split:].view(tensor.columns, self.rank), tensor)
 
@@ -1860,7 +1870,8 @@ class Kronecker(Gaussian):
         least, most = sorted((n2, m // n1 if m >= n else -(-m // n1)))  # both factors tall, or both wide: full rank
         m2 = min(max(round(n2 * math.sqrt(m / n)), least), most)
         m1 = -(-m // m2)
-        drawn = normals(torch.empty(m1 * n1 + m2 * n2, device=device), *at.of(tensor.index))
+        out = torch.empty(m1 * n1 + m2 * n2, dtype=torch.float32, device=device)
+        drawn = normals(out, *at.of(tensor.index))
         return KroneckerProduct(drawn[: m1 * n1].view(m1, n1), drawn[m1 * n1 :].view(m2, n2), tensor)
 
 
@@ -1925,7 +1936,7 @@ class Aligned(Gaussian):
         if not self.factored(tensor):
             return super().direction(tensor, at)
         basis = self.bases[tensor.index]
-        left = normals(torch.empty(tensor.rows, basis.shape[1], device=basis.device), *at.of(tensor.index))
+        left = normals(basis.new_empty(tensor.rows, basis.shape[1]), *at.of(tensor.index))
         if tensor.index in self.row_scale:
             left.mul_(self.row_scale[tensor.index][:, None])
         return Factored(left, basis, tensor)
@@ -1946,7 +1957,7 @@ def leading_directions(x: torch.Tensor, rank: int, seed: int, index: int) -> tor
     """Return an orthonormal basis [n, rank] of the leading directions of the rows of x [tokens, n], float32, by
     subspace iteration from a seeded start (Halko, Martinsson and Tropp 2011).
     """
-    start = torch.empty(x.shape[1], min(x.shape[1], rank + 4), device=x.device)
+    start = x.new_empty(x.shape[1], min(x.shape[1], rank + 4))
     basis = normals(start, seed, PURPOSE_BASIS, index)
     for _ in range(3):
         basis = torch.linalg.qr(x.T @ (x @ basis)).Q
@@ -3272,7 +3283,8 @@ class Look(NamedTuple):
 
 def node_noise(seed: int, step: int, query: int, like: torch.Tensor) -> torch.Tensor:
     """Return the noise xi of one query at the embedding's output, standard normal, of the shape [R, T, d] of `like`."""
-    return normals(torch.empty(like.shape, device=like.device), seed, PURPOSE_DIRECTION, step, query)
+    out = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    return normals(out, seed, PURPOSE_DIRECTION, step, query)
 
 
 def perturbed_top(objective: Objective, ids: torch.Tensor, shifts: list[torch.Tensor]) -> torch.Tensor:
@@ -4179,7 +4191,7 @@ def adapted_layer() -> type:
         def merged(self) -> torch.Tensor:
             """The weight of one layer that does the same, of the shape that the base's has."""
             product = self.lora_B.weight @ self.lora_A.weight
-            return self.base.weight.dequantize() + (product if isinstance(self.base, torch.nn.Linear) else product.T)
+            return unpacked(self.base.weight) + (product if isinstance(self.base, torch.nn.Linear) else product.T)
 
     return Adapted
 
@@ -4231,13 +4243,15 @@ def lowered(model: torch.nn.Module) -> torch.nn.Module:
 
 def quantize(model: torch.nn.Module) -> None:
     """Store the matrices of the blocks' linear layers in int8, with a float32 scale a row; raises UsageError."""
+    blocks = decoder_blocks(model)
     try:
         torchao = importlib.import_module("torchao.quantization")
-    except ImportError as error:
-        raise UsageError(f"--weights int8: needs torchao ({first_line(error)}); pip install torchao") from error
-    if not any(isinstance(module, torch.nn.Linear) for module in decoder_blocks(model).modules()):
+        how = torchao.Int8WeightOnlyConfig(set_inductor_config=False)  # which would touch settings of the process
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UsageError(f"--weights int8: {first_line(error)}; pip install torchao=={TORCHAO}") from error
+    if not any(type(module) is torch.nn.Linear for module in blocks.modules()):
         raise UsageError(f"--weights int8: the blocks of {type(model).__name__} have no torch.nn.Linear; leave it out")
-    torchao.quantize_(decoder_blocks(model), torchao.Int8WeightOnlyConfig())
+    torchao.quantize_(blocks, how, filter_fn=lambda module, _: type(module) is torch.nn.Linear)
 
 
 def add_adapters(model: torch.nn.Module, config: Config) -> None:
@@ -4257,7 +4271,7 @@ def add_adapters(model: torch.nn.Module, config: Config) -> None:
     try:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
-    except AttributeError as error:
+    except (AttributeError, NotImplementedError) as error:
         told = f"{type(model).__name__} reads a layer's weight without calling it ({first_line(error)}); leave it out"
         raise UsageError(f"--lora_targets {config.lora_targets}: {told}") from error
 
@@ -4309,7 +4323,7 @@ def save_merged(model: torch.nn.Module, folder: Path) -> None:
             if kind.startswith("base."):
                 merged = module.merged.detach() if kind == "base.weight" else value
                 state[f"{name}.{kind.removeprefix('base.')}"] = merged
-    model.save_pretrained(folder, state_dict={name: value.dequantize() for name, value in state.items()})
+    model.save_pretrained(folder, state_dict={name: unpacked(value) for name, value in state.items()})
     about = read_json(folder / "config.json") | {"dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(about, indent=2), "utf-8")
 
@@ -4382,6 +4396,11 @@ def initialize(model: torch.nn.Module, seed: int, *stage: int) -> None:
 def parameter_count(model: torch.nn.Module) -> int:
     """Return the number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def unpacked(values: torch.Tensor) -> torch.Tensor:
+    """Return values in float32, also those that torchao has quantized."""
+    return values.dequantize() if hasattr(values, "__tensor_flatten__") else values.float()
 
 
 def plain_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -4911,7 +4930,7 @@ def read_config(path: Path) -> Config:
     if (config.measures or config.weights == "bfloat16") and about.get("direction_format", 1) != DIRECTION_FORMAT:
         raise UsageError(
             f"{where}: of a version that draws other directions; go on with that one (git_commit there names it), or "
-            "start a new run from its checkpoint with --init_from"
+            "start a new run"
         )
     return config
 
@@ -5506,6 +5525,8 @@ class Account:
         if rank < self.best and done:
             self.job.save(best=True)
         self.best = min(self.best, rank)
+        if done and abs(loss - math.log(size := self.job.objective.head.weight.shape[0])) < 1e-4:
+            log.warning(f"step {done}: every one of {size} tokens is expected alike; lower --learning_rate")
 
     def step(self, record: Record, measured: bool) -> None:
         """Keep account of a step; `measured` is whether it was not in the journal."""
@@ -5674,6 +5695,7 @@ def unite(job: Job) -> None:
         "tokens": file_digest(job.corpus.folder / MANIFEST)[:12],
         "weights": sample_digest(job.model, job.config.seed, job.done)[:12],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "products": "oneDNN" if fast_products() else "torch",
         "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
     }
     ranks.same(facts)

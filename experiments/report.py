@@ -278,7 +278,7 @@ def versions(other: str, size: str = "20M", repetitions: int = 3) -> None:
         turn = []
         for script, fast in ((other, "own"), (ours, "own"), (ours, "fast")):
             words = [sys.executable, "-W", "ignore", __file__, "seconds", script, fast, size]
-            turn.append(json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout))
+            turn.append(json.loads(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout))
         sides.append(turn)
     print("| step | before, s | torch's products, s | ratio | now, s | ratio |\n|---|---|---|---|---|---|")
     for name in sides[0][0]:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The runs of RESULTS.md: `experiments/runs.sh tiny|20M|instruct|other|paper|tasks` makes a group of them, one after the other, in logs/GROUP
+# The runs of RESULTS.md: `experiments/runs.sh tiny|20M|200M|instruct|other|paper|tasks` makes a group of them, one after the other, in logs/GROUP
 # (LOG_DIR/GROUP). A run that is there is left alone. ONLY=PATTERN limits them to names that match, SEEDS="0 1" the seeds, THREADS=1 is
 # for two of these side by side. The tables and the picture: python experiments/report.py runs logs/GROUP docs/PICTURE.png
 set -euo pipefail
 cd "$(dirname "$0")/.."
-group=${1:?tiny, 20M, instruct, other, paper or tasks}
+group=${1:?tiny, 20M, 200M, instruct, other, paper or tasks}
 logs=${LOG_DIR:-logs}/$group
 
 run() { # NAME FLAGS...
@@ -43,8 +43,18 @@ for seed in ${SEEDS:-0 1 2}; do
             every="--model_size 20M --seed $seed --max_samples 4000 --max_steps 400 --use_lr_scheduler --warmup_steps 20"
             every="$every --eval_interval 25 --eval_samples 24"
             run "stream_q1_$seed" --direction feedback --query_budget_q 1 $every
-            run "block_$seed" --direction feedback --carry block $every
-            for rate in 1e-3 4e-4 2.5e-3; do run "fo_${rate}_$seed" --mode FO --learning_rate $rate $every; done
+            for rate in 1e-3 4e-4 2.5e-3; do
+                run "block_${rate}_$seed" --direction feedback --carry block --learning_rate $rate $every
+                run "fo_${rate}_$seed" --mode FO --learning_rate $rate $every
+            done
+            ;;
+        200M)
+            every="--model_size 200M --seed $seed --max_samples 4000 --max_steps 200 --use_lr_scheduler --warmup_steps 20"
+            every="$every --eval_interval 20 --eval_samples 24"
+            for rate in 1e-3 3e-4; do
+                run "block_${rate}_$seed" --direction feedback --carry block --learning_rate $rate $every
+                run "fo_${rate}_$seed" --mode FO --learning_rate $rate $every
+            done
             ;;
         instruct)
             every="--seed $seed --max_samples 4000 --max_steps 300 --eval_interval 50"

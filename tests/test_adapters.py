@@ -1,7 +1,6 @@
 """--scope lora:R: what is trained, peft's file format, merged export, resume, replay, ranks."""
 
 import json
-import re
 import sys
 import types
 from pathlib import Path
@@ -178,11 +177,15 @@ def test_int8_weights_take_a_byte_each_and_a_difference_is_seen(saved, torchao):
 def test_int8_weights_are_refused_where_they_make_no_sense(runs, saved, failure, monkeypatch):  # noqa: F811
     assert "such weights are not trained; take --scope lora:R" in failure(runs.code, weights="int8")[1]
     given = LORA | {"weights": "int8", "lora_targets": "c_attn"}
-    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    find, there = zo.importlib.util.find_spec, {"torchao": None}
+    monkeypatch.setattr(zo.importlib.util, "find_spec", lambda name: there[name] if name in there else find(name))
     code, line = failure(runs.code, **flags(saved(), **given))
-    assert code == 2
-    assert re.search(r"--weights int8: needs torchao \(.*\); pip install torchao", line)
-    monkeypatch.setitem(sys.modules, "torchao.quantization", types.ModuleType("torchao.quantization"))
+    assert (code, line) == (2, "error: --weights int8: its package is not installed; run: pip install torchao==0.18.0")
+    there["torchao"], module = True, types.ModuleType("torchao.quantization")
+    monkeypatch.setitem(sys.modules, "torchao.quantization", module)
+    line = failure(runs.code, **flags(saved(), **given))[1]  # a version that is too old
+    assert line.endswith("has no attribute 'Int8WeightOnlyConfig'; pip install torchao==0.18.0")
+    module.Int8WeightOnlyConfig = lambda set_inductor_config: None
     line = failure(runs.code, **flags(saved("GPT2"), **given))[1]
     assert "the blocks of GPT2LMHeadModel have no torch.nn.Linear" in line
 

@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 
+import harness
 import pytest
 import torch
 
@@ -70,6 +71,14 @@ def test_other_dtypes_and_wrong_shapes_are_as_ever():
     a = drawn(200, 300)
     for dtype in (torch.float64, torch.bfloat16, torch.int64):
         assert (a.to(dtype) @ a.T.to(dtype)).dtype == dtype
+    half, bias = a.bfloat16(), drawn(200, seed=1).bfloat16()
+    exact = half.double() @ half.T.double()
+    for found, wanted in ((half @ half.T, exact), (torch.addmm(bias, half, half.T), exact + bias.double())):
+        torch.testing.assert_close(found.double(), wanted, rtol=2**-7, atol=2**-7)
+    strided = drawn(400, seed=2)[::2]
+    near(torch.addmm(strided, a, a.T), a.double() @ a.T.double() + strided.double(), 300)
+    with pytest.raises(RuntimeError):
+        torch.mm(a[0], a.T)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         a @ a
     with pytest.raises(RuntimeError, match="dtype"):
@@ -89,6 +98,23 @@ def test_gradients_are_those_of_float64():
     wanted = torch.autograd.grad(torch.nn.functional.linear(*wide).square().mean(), wide)
     for one, two in zip(found, wanted):
         torch.testing.assert_close(one.double(), two, rtol=0, atol=1e-5 * two.abs().max().item())
+
+
+@pytest.mark.parametrize("more", [{"direction": "lowrank", "parallel_q_computation": True}, {"mode": "FO"}], ids=str)
+def test_a_run_with_such_products_goes_on_and_is_replayed_bit_for_bit(runs, monkeypatch, more):
+    zo.multiply_by_onednn()
+    monkeypatch.setattr(zo, "LEAST_PRODUCT", 1)
+    whole = runs.train("whole", **more, max_steps=5)
+    run = runs.train("stopped", **more, max_steps=5)
+    harness.damage(harness.last_checkpoint(run) / "model.safetensors", "flipped")
+    (run / "finished.json").unlink()
+    assert runs.resume(run) == 0
+    assert harness.differences(whole, run) == []
+    assert runs.replay(whole) == 0
+    monkeypatch.setattr(zo, "LEAST_PRODUCT", 1 << 60)
+    other = runs.train("other", **more, max_steps=5)
+    one, two = (float(harness.metrics(each)[-1]["val_loss"]) for each in (whole, other))
+    assert one == pytest.approx(two, abs=1e-4)
 
 
 def test_importing_the_script_leaves_torch_as_it_is():

@@ -1,5 +1,6 @@
 """Everything random is a function of its coordinates."""
 
+import hashlib
 import itertools
 
 import numpy as np
@@ -28,6 +29,7 @@ def test_directions_are_part_of_the_format():
     at = zo.Coordinates(42, 10, 3).of(5, 1)
     assert at == (42, zo.PURPOSE_DIRECTION, 10, 3, 5, 1)
     drawn = np.random.SFC64(np.random.SeedSequence(42, spawn_key=(2, 10, 3, 5, 1))).random_raw(300)
+    assert [int(word) for word in drawn[:2]] == [0x876632ED39B9C13F, 0xD2A1E3526ECA949D]
     levels = zo.normal_levels()
     for count in (1, 3, 4, 31, 1200):
         index = torch.from_numpy(drawn.view(np.uint16)[:count].astype(np.int64))
@@ -54,6 +56,8 @@ def test_what_a_gpu_draws_is_as_distributed_and_a_function_of_coordinates():
 
 
 def test_the_levels_are_a_normal_distribution_of_65536_equal_parts():
+    digest = hashlib.sha256(zo.normal_levels().numpy().tobytes()).hexdigest()
+    assert digest.startswith("8babbcaf96568f10")  # they are part of the format
     levels = zo.normal_levels().double()
     assert levels.mean().item() == 0
     assert levels.square().mean().item() == pytest.approx(1, abs=1e-7)

@@ -89,6 +89,14 @@ INSTRUCT, STREAM = {"mode": "Instruct", "bp_interval": 2}, {"direction": "feedba
 SCHEDULE = {"use_lr_scheduler": True, "warmup_steps": 1}
 
 
+def test_weights_that_collapse_are_warned_of(runs, monkeypatch):
+    """Where the rate is much too high, every token becomes as likely as any other, and the loss stays there."""
+    monkeypatch.setattr(zo, "validation_loss", lambda *args: math.log(300))
+    text = log_of(runs.train(max_steps=2, eval_interval=1))
+    assert "step 1: every one of 300 tokens is expected alike; lower --learning_rate" in text
+    assert "step 0: every" not in text
+
+
 def test_every_forward_token_is_counted(runs, monkeypatch):
     """The count in metrics.csv is that of the tokens that went through the model (backpropagation counts three)."""
     seen = []
