@@ -95,6 +95,7 @@ def draw(groups: dict[str, list[Run]], path: Path) -> None:
     """Validation loss against steps and forward tokens, a colour a group, a line a run."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     for panel, axis in zip(figure.subplots(1, 2, sharey=True), ("step", "forward_tokens")):
@@ -109,6 +110,8 @@ def draw(groups: dict[str, list[Run]], path: Path) -> None:
         panel.grid(alpha=0.3)
         for level in {run.unigram for runs in groups.values() for run in runs if run.unigram}:
             panel.axhline(level, color="black", ls=":", lw=1)
+    panel.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=EngFormatter(sep=""))
+    panel.xaxis.set(minor_formatter=NullFormatter())
     figure.axes[0].set_ylabel("validation loss, nats a token")
     figure.axes[1].legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -42,7 +42,9 @@ for seed in ${SEEDS:-0 1 2}; do
         20M)
             every="--model_size 20M --seed $seed --max_samples 4000 --max_steps 400 --use_lr_scheduler --warmup_steps 20"
             every="$every --eval_interval 25 --eval_samples 24"
-            run "stream_q1_$seed" --direction feedback --query_budget_q 1 $every
+            for carry in branch stream; do
+                for q in 1 0; do run "${carry}_q${q}_$seed" --direction feedback --carry $carry --query_budget_q $q $every; done
+            done
             for rate in 1e-3 4e-4 2.5e-3; do
                 run "block_${rate}_$seed" --direction feedback --carry block --learning_rate $rate $every
                 run "fo_${rate}_$seed" --mode FO --learning_rate $rate $every
