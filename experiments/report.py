@@ -274,7 +274,7 @@ def seconds(script: str, fast: str, size: str, q: int = 8, count: int = 3) -> No
 
 def versions(other: str, size: str = "20M", repetitions: int = 3) -> None:
     """Prints the seconds of steps by another version of the script, by this one with torch's own products and by this
-    one, whole processes in turn, and the mean ratio of neighbours to the first (least to most).
+    one, whole processes in turn, and the median ratio of neighbours to the first (least to most).
     """
     sides, ours = [], str(ROOT / "reproduce_zo_paper.py")
     for _ in range(int(repetitions)):
@@ -286,8 +286,9 @@ def versions(other: str, size: str = "20M", repetitions: int = 3) -> None:
     print("| step | before, s | torch's products, s | ratio | now, s | ratio |\n|---|---|---|---|---|---|")
     for name in sides[0][0]:
         before, own, now = (statistics.median(turn[side][name] for turn in sides) for side in range(3))
-        ratios = [spread([turn[side][name] / turn[0][name] for turn in sides], 2) for side in (1, 2)]
-        print(f"| {name} | {before:.2f} | {own:.2f} | {ratios[0]} | {now:.2f} | {ratios[1]} |")
+        found = [sorted(turn[side][name] / turn[0][name] for turn in sides) for side in (1, 2)]
+        own_ratio, ratio = (f"{statistics.median(r):.2f} ({r[0]:.2f} to {r[-1]:.2f})" for r in found)
+        print(f"| {name} | {before:.2f} | {own:.2f} | {own_ratio} | {now:.2f} | {ratio} |")
 
 
 if __name__ == "__main__":

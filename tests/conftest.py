@@ -61,7 +61,8 @@ class Runs:
         """A run, and the same one resumed from the checkpoint before its last, which is damaged."""
         whole = self.train("whole", **flags, max_steps=max_steps)
         run = self.train("logs", **flags, max_steps=max_steps, save_interval=2)
-        harness.damage(harness.last_checkpoint(run) / "model.safetensors", "flipped")
+        (weights,) = harness.last_checkpoint(run).glob("*model.safetensors")  # or adapter_model.safetensors
+        harness.damage(weights, "flipped")
         (run / "finished.json").unlink()
         assert self.resume(run) == 0
         return whole, run

@@ -142,14 +142,10 @@ def torchao():
 def test_int8_weights_stay_and_adapters_learn_on_them(runs, saved, torchao, more):  # noqa: F811
     """The model that is exported has the loss that the run measured; resume and replay are bitwise."""
     folder = saved()
-    given = flags(folder, **LORA | {"query_budget_q": 3, "weights": "int8", "max_steps": 5} | more)
-    whole = runs.train("whole", **given, export_dir=runs.folder / "merged")
-    run = runs.train("logs", **given, save_interval=2)
-    harness.damage(harness.last_checkpoint(run) / "adapter_model.safetensors", "flipped")
-    (run / "finished.json").unlink()
-    assert runs.resume(run) == 0
+    whole, run = runs.whole_and_resumed(5, **flags(folder, **LORA | {"query_budget_q": 3, "weights": "int8"} | more))
     assert harness.differences(whole, run) == []
     assert runs.replay(whole) == 0
+    assert runs.resume(whole, export_dir=runs.folder / "merged") == 0
     losses = [float(row["val_loss"]) for row in harness.metrics(whole) if row["val_loss"]]
     assert losses[-1] != losses[0]
     assert validation(runs.folder / "merged", whole) == pytest.approx(losses[-1], abs=3e-3 if "dtype" in more else 1e-4)
@@ -207,12 +203,17 @@ def test_what_has_no_sense_is_refused(runs, saved, failure):  # noqa: F811
     assert "an adapter, not a model; name one that it is merged into" in line
 
 
-def test_a_layer_whose_weight_is_read_without_a_call_is_refused(workers):
+@pytest.mark.parametrize(("weights", "target"), [("float32", "dt_proj"), ("int8", "in_proj")])
+def test_a_layer_whose_weight_is_read_without_a_call_is_refused(request, weights, target):
     shape = {"vocab_size": 61, "hidden_size": 24, "state_size": 4, "num_hidden_layers": 1, "time_step_rank": 2}
     with torch.random.fork_rng(devices=[]):
         model = transformers.MambaForCausalLM(transformers.MambaConfig(**shape))
-    config = zo.Config(init_from=".", scope="lora:2", lora_targets="dt_proj")
-    with pytest.raises(zo.UsageError, match="MambaForCausalLM reads a layer's weight without calling it"):
+    config = zo.Config(init_from=".", scope="lora:2", lora_targets=target, weights=weights)
+    if weights == "int8":
+        request.getfixturevalue("torchao")
+        zo.quantize(model)
+    asked = "--weights int8" if weights == "int8" else "--lora_targets dt_proj"
+    with pytest.raises(zo.UsageError, match=f"{asked}: MambaForCausalLM reads a layer's weight without calling it"):
         zo.add_adapters(model, config)
 
 

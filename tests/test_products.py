@@ -104,11 +104,7 @@ def test_gradients_are_those_of_float64():
 def test_a_run_with_such_products_goes_on_and_is_replayed_bit_for_bit(runs, monkeypatch, more):
     zo.multiply_by_onednn()
     monkeypatch.setattr(zo, "LEAST_PRODUCT", 1)
-    whole = runs.train("whole", **more, max_steps=5)
-    run = runs.train("stopped", **more, max_steps=5)
-    harness.damage(harness.last_checkpoint(run) / "model.safetensors", "flipped")
-    (run / "finished.json").unlink()
-    assert runs.resume(run) == 0
+    whole, run = runs.whole_and_resumed(5, **more)
     assert harness.differences(whole, run) == []
     assert runs.replay(whole) == 0
     monkeypatch.setattr(zo, "LEAST_PRODUCT", 1 << 60)
