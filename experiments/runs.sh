@@ -70,7 +70,7 @@ for seed in ${SEEDS:-0 1 2}; do
             every="--dataset $logs/stdlib.jsonl --seed $seed --max_steps 600 --use_lr_scheduler --warmup_steps 20 --eval_interval 100"
             [[ -e $logs/stdlib.jsonl ]] || standard_library "$logs"
             run "block_$seed" --direction feedback $every
-            run "stream_q1_$seed" --direction feedback --query_budget_q 1 $every
+            for carry in branch stream; do run "${carry}_q1_$seed" --direction feedback --carry $carry --query_budget_q 1 $every; done
             run "head_$seed" --direction gaussian --query_budget_q 0 --head closed_form --head_learning_rate 1e-3 $every
             run "fo_$seed" --mode FO $every
             ;;
