@@ -20,8 +20,8 @@ record applied), Data, Model, Evaluation, Run directory, Reporting, Phases (what
 Training.
 
 Where things go: a direction family is a class beside `Gaussian` and a line in DIRECTIONS; an optimizer is a line in
-`Optimizer._make` and in OPTIMIZERS; a metrics column is a name in METRICS and a value in `Account.row`; a file format
-is a line in LOCAL_FORMATS.
+`Optimizer._make` and in OPTIMIZERS; a metrics column is a name and a format in METRICS and a value in `Account.row`; a
+file format is a line in LOCAL_FORMATS.
 """
 
 from __future__ import annotations
@@ -78,8 +78,7 @@ class _Lazy:
 
     def __getattr__(self, attribute: str):
         value = getattr(importlib.import_module(self._name), attribute)
-        if not attribute.startswith("__"):
-            setattr(self, attribute, value)
+        setattr(self, attribute, value)
         return value
 
 
@@ -94,37 +93,30 @@ def first_line(error: BaseException) -> str:
 
 
 class RunError(Exception):
-    """An error for people: lines with what, where and what to do, and the exit code."""
-
-    exit_code = 1
+    """An error for people: lines with what, where and what to do."""
 
 
 class UsageError(RunError):
     """Flags or input that can't be used."""
 
-    exit_code = 2
-
 
 class NonFiniteError(RunError):
     """A loss, gradient or weight that is not finite; nothing was updated with it."""
-
-    exit_code = 3
 
 
 class StorageError(RunError):
     """A file or folder that can't be written."""
 
-    exit_code = 4
-
 
 class RankError(RunError):
     """Another rank is gone, silent, or has other weights; a run that has begun can be resumed."""
 
-    exit_code = 5
-
 
 class Interrupted(Exception):
     """SIGINT or SIGTERM, heeded between two queries; the step in flight is dropped."""
+
+
+EXIT_CODES = {UsageError: 2, NonFiniteError: 3, StorageError: 4, RankError: 5}
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -171,10 +163,13 @@ class Source(NamedTuple):
     configuration: str | None = None
     split: str = "train"
 
+    def __str__(self) -> str:
+        return f"{self.flag} {self.name}"
+
     @property
     def hub(self) -> HubData | None:
         """The place on the hub, or None for the embedded text and local files."""
-        local = self.name == "embedded" or Path(self.name).exists() or local_format(Path(self.name))
+        local = Path(self.name).exists() or local_format(Path(self.name))
         if self.name not in HUB_DATASETS and (local or not HUB_ID.fullmatch(self.name)):
             return None
         place = HUB_DATASETS.get(self.name, HubData(self.name))
@@ -188,11 +183,9 @@ class Source(NamedTuple):
     @property
     def samples(self) -> int:
         """How many documents are used at most."""
-        if self.max_samples is not None:
-            return self.max_samples
         if self.name == "embedded":
-            return EMBEDDED_SAMPLES
-        return self.hub.samples if self.hub else sys.maxsize
+            return self.max_samples or EMBEDDED_SAMPLES
+        return self.max_samples or (self.hub.samples if self.hub else sys.maxsize)
 
 
 class Size(NamedTuple):
@@ -217,10 +210,9 @@ MAX_POSITIONS = 2048
 
 
 class Mode(NamedTuple):
-    """A mode's steps: `always` backpropagation, or `queries`, `guided` by the last gradient of every `interval`."""
+    """A mode's steps: backpropagation, or `queries`, `guided` by the last gradient of every `interval`."""
 
     defaults: dict
-    always: bool = False
     queries: bool = True
     interval: bool = False
     guided: bool = False
@@ -229,7 +221,7 @@ class Mode(NamedTuple):
 # Backpropagations of Instruct and Calibrate are the same, so that only what happens between them differs.
 MUON = {"optimizer": "mudamw", "learning_rate": 3e-3}
 MODES = {
-    "FO": Mode({"optimizer": "adam"}, always=True, queries=False),
+    "FO": Mode({"optimizer": "adam"}, queries=False),
     "ZO": Mode({}),
     "Instruct": Mode({"direction": "feedback", **MUON}, interval=True, guided=True),
     "Calibrate": Mode(MUON, interval=True),
@@ -244,8 +236,8 @@ EPSILON_SCORES = 1e-2  # scores are flat: of 12 queries of SmolLM2-135M on 8 row
 def flag(group: str, default, help: str, **about) -> dataclasses.Field:
     """Return a field of Config: its group and text in --help, and what holds for its values.
 
-    choices, least, most, above, below and words limit it; needs names a condition of NEEDS under which it has an
-    effect; free marks what may change on a resume, action what is no flag of a run; shown is the default in words,
+    choices, least, most, above, below and words limit it; needs names flags and conditions of NEEDS under which it has
+    an effect; free marks what may change on a resume, action what is no flag of a run; shown is the default in words,
     where it follows from other flags (`Config.derived`).
     """
     return dataclasses.field(default=default, metadata={"group": group, "help": help, **about})
@@ -271,17 +263,16 @@ class Config:
         "would take and keeps nothing", free=True)
     debug: bool = RUN(False, "show the traceback of an error", free=True)
 
-    model_size: str = MODEL("tiny", "new Llama, by parameter count", choices=MODEL_SIZES, needs="a new model")
+    model_size: str = MODEL("tiny", "new Llama, by parameter count", choices=MODEL_SIZES, needs="new_model")
     init_from: str | None = MODEL(None, "start from a causal LM, its tokenizer too: folder or hub id, safetensors only")
     scope: str = MODEL("full", "what is trained: full, head (and a tied embedding), norms, embedding (all outside "
         "blocks), blocks:I-J (from 0), reduced (last MLP, its norm, final norm, head), layerwise: the embedding, then "
         "each block on its own, or lora:R: adapters of rank R alone")
-    lora_targets: str = MODEL("q_proj,v_proj", "layers of the blocks that get an adapter, with commas",
-        needs="adapters")
+    lora_targets: str = MODEL("q_proj,v_proj", "layers of blocks that get an adapter, with commas", needs="adapters")
 
     dataset: str = DATA("embedded", "embedded (US annual messages), a .txt .jsonl .json .csv or .parquet file (also "
         ".gz .bz2 .xz) or a folder of them, a hub id, or " + ", ".join(HUB_DATASETS))
-    text_column: str = DATA("text", "column of the documents, in anything but plain text", needs="text columns")
+    text_column: str = DATA("text", "column of the documents, in anything but plain text", needs="texts")
     prompt_column: str | None = DATA(None, "column of prompts: a row is an example, the loss is its completion's "
         "(default: prompt, with --completion_column)", needs="columns")
     completion_column: str | None = DATA(None, "column of their completions, or of chat messages, the last of which is "
@@ -301,15 +292,13 @@ class Config:
     cache_dir: str | None = DATA(None, "where tokens are kept (default: ~/.cache/reproduce_zo_paper)", free=True)
 
     objective: str = ZO("loss", "what queries lower: loss, or a score's negative mean, of rows with completions. "
-        "accuracy: of all completions that occur, the true one has the lowest loss. exact_match, f1: of a greedy "
-        "continuation. Or FILE.py:FUNCTION(prompts, answers, references) -> list of float, higher is better",
-        needs="measured z")
+        "accuracy: of all completions, the true one has the lowest loss. exact_match, f1: of a greedy continuation. Or "
+        "FILE.py:FUNCTION(prompts, answers, references) -> list of float, higher is better", needs="measured z")
     query_budget_q: int = ZO(None, "queries (directions) a step, two forward passes each; with feedback one, without "
         "the output layer. 0: none, for --direction feedback, --head closed_form, and backpropagations alone",
         least=0, most=2**20, needs="queries", shown="8; with feedback 0, 1 with --carry stream or branch")
     epsilon: float = ZO(None, "how far a query moves the weights, in units of z; with feedback the embedding's output, "
-        "by its root mean square", above=0, needs="measured",
-        shown="0.001; 0.003 with bfloat16; 0.01 for a score; 0.1 with feedback")
+        "by its rms", above=0, needs="measured", shown="0.001; 0.003 with bfloat16; 0.01 for scores; 0.1 with feedback")
     direction: str = ZO(None, "gaussian: standard ZO, the paper's. rademacher: +-1. lowrank: A B^T on matrices, "
         "fastest batched. kronecker: A (x) B on matrices, of full rank. aligned: A Q^T, Q the leading directions of a "
         "layer's inputs. feedback: feedback alignment, the error at the output carried to every block; queries learn "
@@ -317,27 +306,28 @@ class Config:
     carry: str = ZO(None, "what feedback trains in a block. block: all, by torch.autograd on one block at a time, "
         "nothing across blocks; the first's enters the embedding. branch: all of a branch (attention, MLP), by "
         "torch.autograd on it alone. stream: what writes to the residual stream, without autograd. With these two a "
-        "query a step learns the way to the embedding", choices=lambda: CARRIES, needs="feedback",
+        "query a step learns the way to the embedding", choices=lambda: CARRIES, needs="queries feedback",
         shown="block; stream where queries are given")
     head: str = ZO("estimated", "the output layer's gradient. estimated: by queries. closed_form: exact (not for a "
         "tied embedding's input side), from one pass, to an AdamW of its own",
-        choices=("estimated", "closed_form"), needs="z")
-    rank: int = ZO(1, "rank r of --direction lowrank or aligned", least=1, most=2**16, needs="ranked")
+        choices=("estimated", "closed_form"), needs="queries z")
+    rank: int = ZO(1, "rank r of --direction lowrank or aligned", least=1, most=2**16, needs="queries ranked")
     query_data: str = ZO("shared", "shared: all queries see the step's batch. distinct: each its own share of the rows",
         choices=("shared", "distinct"), needs="measured z")
     parallel_q_computation: bool = ZO(False, "evaluate several queries in one forward pass", needs="measured")
     parallel_batch_size: int | str = ZO(4, "queries in one forward pass, or auto: as many as memory holds", least=1,
-        most=2**20, words=("auto",), free=True, needs="parallel")
+        most=2**20, words=("auto",), free=True, needs="measured parallel_q_computation")
     on_nonfinite: str = ZO("stop", "at a query whose loss is not finite: stop, or skip it (stops when most of a step's "
         "are gone)", choices=("stop", "skip"), free=True, needs="measured z")
 
     bp_interval: int | None = BP(None, "steps from one backpropagation to the next", least=1, needs="interval")
     bp_dataset: str | None = BP(None, "backpropagations' text, as --dataset (default: that one)", needs="interval")
     bp_max_samples: int | None = BP(None, "documents of it used (default: as max_samples)", least=1, needs="bp_dataset")
-    guide_cosine: float = BP(0.5, "cosine of directions to the last true gradient", above=0, below=1, needs="bent")
+    guide_cosine: float = BP(0.5, "cosine of directions to the last true gradient", above=0, below=1,
+        needs="guided measured z")
 
     optimizer: str = OPTIM(None, "sgd (no state), adam (AdamW), or mudamw (Muon on hidden matrices, AdamW elsewhere)",
-        choices=OPTIMIZERS, needs="one optimizer",
+        choices=OPTIMIZERS, needs="one_optimizer",
         shown="sgd in ZO and layerwise; adam in FO, with feedback; mudamw in Instruct, Calibrate")
     learning_rate: float = OPTIM(None, "step size at its peak", above=0, shown="0.001; 0.003 in Instruct and Calibrate")
     head_learning_rate: float = OPTIM(3e-3, "rate of --head closed_form, as scheduled", above=0, needs="closed_form")
@@ -346,15 +336,15 @@ class Config:
     clip_grad_norm: float = OPTIM(None, "largest norm of a true gradient (0: no limit)", least=0, needs="backward",
         shown="1; 0 in layerwise")
     max_decrease: float = OPTIM(None, "most nats that a step of sgd on queries may promise, rate times mean square of "
-        "projected gradients: limits the rate (0: none)", least=0, needs="sgd queries", shown="0; 0.05 with aligned")
+        "projected gradients: limits the rate (0: none)", least=0, needs="measured z sgd", shown="0; 0.05 with aligned")
     epochs: int = OPTIM(1, "passes over the training tokens", least=1, free=True, needs="flat")
     max_steps: int | None = OPTIM(None, "stop after so many steps (default: epochs decide)", least=1, free=True)
     use_lr_scheduler: bool = OPTIM(False, "linear warm-up, then cosine to min_lr (in each stage of layerwise)")
-    warmup_steps: int = OPTIM(0, "steps of warm-up", least=0, needs="schedule")
-    min_lr: float = OPTIM(0.0, "learning_rate at the last step; other rates fall as much", least=0, needs="schedule")
+    warmup_steps: int = OPTIM(0, "steps of warm-up", least=0, needs="use_lr_scheduler")
+    min_lr: float = OPTIM(0.0, "learning_rate at the last step; others fall as much", least=0, needs="use_lr_scheduler")
     weight_decay: float = OPTIM(0.0, "decoupled weight decay, per unit of learning rate; not for vectors", least=0)
 
-    stage_epochs: str = LAYERS("2,1", "epochs of each stage, the last for all that follow", needs="layerwise epochs")
+    stage_epochs: str = LAYERS("2,1", "epochs of each stage, the last for all that follow", needs="layerwise by_epochs")
     stage_steps: str | None = LAYERS(None, "the same in steps, in place of epochs", needs="layerwise")
     stage_learning_rates: str | None = LAYERS(None, "rate of each stage (default: learning_rate)", needs="layerwise")
     stage_optimizers: str | None = LAYERS(None, "optimizer of each stage, with commas, the first for "
@@ -375,17 +365,16 @@ class Config:
     keep_checkpoints: int = KEEP(2, "newest checkpoints kept, beside the best by validation", least=1, free=True)
     export_dir: str | None = KEEP(None, "new folder for the model at the end, with a card of the run", free=True)
     export_adapter: bool = KEEP(False, "export the adapters alone, as peft reads them, not merged into the model",
-        free=True, needs="adapters, export")
-    export_best: bool = KEEP(False, "export the best checkpoint, by eval_metric or loss", free=True, needs="export")
+        free=True, needs="adapters export_dir")
+    export_best: bool = KEEP(False, "export the best checkpoint, by eval_metric or loss", free=True, needs="export_dir")
     resume: str | None = KEEP(None, "resume a run: its directory, or auto: newest unfinished in log_dir", action=True)
     replay: str | None = KEEP(None, "rebuild a run's model from its seed and journal; check it by its own", action=True)
-    replay_step: int | None = KEEP(None, "step to rebuild (default: the last)", least=0, needs="replay", action=True)
+    replay_step: int | None = KEEP(None, "step to rebuild (default: the last)", least=0, action=True)
     compare: list | None = KEEP(None, "run directories, or folders of them: a table of them, finished or not, with the "
         "flags they differ in, and compare.png in log_dir", nargs="+", action=True)
 
     device: str = SYSTEM("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = SYSTEM(None, "dtype of computation", choices=tuple(EPSILON),
-        shown="float32; bfloat16 with --weights bfloat16")
+    dtype: str = SYSTEM(None, "dtype of computation", choices=tuple(EPSILON), shown="float32, or bfloat16 as --weights")
     weights: str = SYSTEM("float32", "how matrices are stored (adapters, norms and biases: always float32). bfloat16: "
         "half the memory; updates are rounded at random, right on average. int8: with --scope lora:R, the blocks' "
         "linear layers, a scale a row, by torchao; backpropagation through them holds them in float32 as well",
@@ -425,10 +414,8 @@ class Config:
     adapter_rank = property(lambda self: int((SCOPE.fullmatch(self.scope) or {"rank": 0})["rank"] or 0))
     tokenizer_name = property(lambda self: self.tokenizer or self.init_from or MODEL_SIZES[self.model_size].tokenizer)
     source = property(lambda self: self.sources[0], doc="The run's documents.")
-    continues = property(
-        lambda self: bool({self.objective, self.eval_metric} - {"loss", "accuracy", None}),
-        doc="Whether scores are of greedy continuations.",
-    )
+    # whether scores are of greedy continuations
+    continues = property(lambda self: not {self.objective, self.eval_metric} <= {"loss", "accuracy", None})
 
     @property
     def optimizers(self) -> list[str]:
@@ -443,11 +430,10 @@ class Config:
         columns = (*columns, self.options_column) if self.options_column else columns
         if not (self.prompt_column or self.completion_column or self.options_column):
             columns = (self.text_column,)
-        own, of_hub = (columns, not self.without_eos), (self.dataset_config, self.dataset_split)
-        sources = [Source("--dataset", self.dataset, self.max_samples, *own, *of_hub)]
-        if self.bp_dataset is not None:
-            sources.append(Source("--bp_dataset", self.bp_dataset, self.bp_max_samples, columns[:2], own[1]))
-        return sources
+        ends, of_hub = not self.without_eos, (self.dataset_config, self.dataset_split)
+        own = Source("--dataset", self.dataset, self.max_samples, columns, ends, *of_hub)
+        other = Source("--bp_dataset", self.bp_dataset, self.bp_max_samples, columns[:2], ends)
+        return [own] if self.bp_dataset is None else [own, other]
 
     @property
     def cache(self) -> Path:
@@ -460,61 +446,53 @@ class Config:
         chosen = {"mode": self.mode, "direction": self.direction if self.kind.queries else None, "dtype": self.dtype}
         chosen |= {"scope": self.scope}
         default = dataclasses.asdict(Config(**chosen, learning_rate=self.learning_rate))
-        default |= {"mode": "ZO", "dtype": "float32", "scope": "full"}
+        default |= {"mode": "ZO", "dtype": "float32", "scope": "full", "learning_rate": Config(**chosen).learning_rate}
         default["direction"] = self.kind.defaults.get("direction", "gaussian")
-        default["learning_rate"] = Config(**chosen).learning_rate
         default["carry"] = Config(**chosen, query_budget_q=self.query_budget_q).carry
-        shaping = [f for f in FIELDS.values() if not {"free", "action"} & f.metadata.keys() or f.name in also]
-        needed = {f.name: f.metadata.get("needs") for f in shaping}
-        used = [name for name, need in needed.items() if need in (None, *OF_METRIC) or NEEDS[need][0](self)]
+        used = [n for n in FIELDS if n in (*SHAPING, *also) and (n in OF_METRIC or not lacking(self, n))]
         return {name: getattr(self, name) for name in used if getattr(self, name) != default[name]}
 
     identity = property(lambda self: flags_digest(self.changed()), doc="A digest that journal and checkpoints carry.")
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+SHAPING = [name for name, field in FIELDS.items() if not {"free", "action"} & field.metadata.keys()]  # the result
+
+OWN_DATA = "--dataset of a file, folder or hub set"
 
 # Conditions under which a flag has an effect: a flag that is given and has none is an error.
-# fmt: off
 NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "queries": (lambda c: c.kind.queries, "a mode with queries (ZO, Instruct, Calibrate)"),
     "measured": (lambda c: c.measures, "queries (a mode that has them, and --query_budget_q above 0)"),
-    "z": (lambda c: c.kind.queries and c.family.perturbs_weights, "a --direction other than feedback, and queries"),
-    "measured z": (lambda c: c.measures and c.family.perturbs_weights, "queries, and a --direction but feedback"),
-    "ranked": (lambda c: c.kind.queries and c.family.ranked, "--direction lowrank or aligned"),
-    "feedback": (lambda c: c.kind.queries and not c.family.perturbs_weights, "--direction feedback"),
-    "parallel": (lambda c: c.measures and c.parallel_q_computation, "--parallel_q_computation"),
+    "z": (lambda c: c.family.perturbs_weights, "a --direction other than feedback"),
+    "ranked": (lambda c: c.family.ranked, "--direction lowrank or aligned"),
+    "feedback": (lambda c: not c.family.perturbs_weights, "--direction feedback"),
     "interval": (lambda c: c.kind.interval, "--mode Instruct or Calibrate"),
-    "bp_dataset": (lambda c: c.bp_dataset is not None, "--bp_dataset"),
-    "backward": (lambda c: c.kind.always or c.kind.interval or c.layerwise, "a mode or scope with backpropagations"),
-    "bent": (lambda c: c.kind.guided and c.measures and c.family.perturbs_weights,
-             "--mode Instruct with queries and a --direction other than feedback"),
+    "guided": (lambda c: c.kind.guided, "--mode Instruct"),
+    "backward": (lambda c: not c.kind.queries or c.kind.interval or c.layerwise, "a mode or scope that backpropagates"),
     "closed_form": (lambda c: c.kind.queries and c.head == "closed_form", "--head closed_form"),
-    "sgd queries": (lambda c: c.measures and "sgd" in c.optimizers and c.family.perturbs_weights,
-                    "--optimizer sgd and queries along a --direction other than feedback"),
-    "one optimizer": (lambda c: c.stage_optimizers is None, "leaving out --stage_optimizers"),
-    "schedule": (lambda c: c.use_lr_scheduler, "--use_lr_scheduler"),
+    "sgd": (lambda c: "sgd" in c.optimizers, "--optimizer sgd"),
+    "one_optimizer": (lambda c: c.stage_optimizers is None, "leaving out --stage_optimizers"),
     "flat": (lambda c: not c.layerwise, "a --scope other than layerwise, which has --stage_epochs"),
     "layerwise": (lambda c: c.layerwise, "--scope layerwise"),
-    "layerwise epochs": (lambda c: c.layerwise and c.stage_steps is None, "--scope layerwise without --stage_steps"),
+    "by_epochs": (lambda c: c.stage_steps is None, "leaving out --stage_steps"),
     "adapters": (lambda c: c.adapter_rank > 0, "--scope lora:R"),
-    "adapters, export": (lambda c: c.adapter_rank > 0 and c.export_dir is not None, "--scope lora:R and --export_dir"),
-    "a new model": (lambda c: c.init_from is None, "a new model (without --init_from)"),
-    "columns": (lambda c: any(s.name != "embedded" for s in c.sources), "--dataset of a file, folder or hub set"),
-    "text columns": (lambda c: any(s.name != "embedded" and not s.examples for s in c.sources),
-                     "--dataset of a file, folder or hub set of texts, not of prompts and completions"),
+    "new_model": (lambda c: c.init_from is None, "a new model (without --init_from)"),
+    "columns": (lambda c: any(s.name != "embedded" for s in c.sources), OWN_DATA),
+    "texts": (lambda c: any(s.name != "embedded" and not s.examples for s in c.sources), OWN_DATA + " of texts alone"),
     "examples": (lambda c: c.source.examples, "prompts with completions (--prompt_column, --completion_column)"),
     "choice": (lambda c: "accuracy" in (c.objective, c.eval_metric), "--objective or --eval_metric accuracy"),
     "hub": (lambda c: c.source.hub is not None, "--dataset of a hub set"),
     "continuations": (lambda c: c.continues, "--objective or --eval_metric exact_match, f1 or FILE.py:FUNCTION"),
-    "prompt": (lambda c: c.prompt is not None, "--prompt"),
-    "export": (lambda c: c.export_dir is not None, "--export_dir"),
-    "replay": (lambda c: c.replay is not None, "--replay"),
 }
-# fmt: on
+OF_METRIC = ("options_column", "max_new_tokens")  # have an effect by eval_metric, which is free; the identity is not
 
 
-OF_METRIC = ("choice", "continuations")  # what these need may come and go on a resume, and the run's identity must not
+def lacking(config: Config, name: str) -> list[str]:
+    """Return what a flag needs to have an effect and has not, in words: conditions of NEEDS, or flags."""
+    needs = FIELDS[name].metadata.get("needs", "").split()
+    unset = [f"--{need}" for need in needs if need in FIELDS and getattr(config, need) in (None, False)]
+    return unset + [NEEDS[need][1] for need in needs if need in NEEDS and not NEEDS[need][0](config)]
 
 
 def flags_digest(flags: dict) -> str:
@@ -529,10 +507,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {lower[close[0]]}?)" if close else ""
 
 
-class Fault(str):
-    """What is wrong with a flag's value: the parser goes on, so that every fault is reported at once."""
-
-
 def choices_of(field: dataclasses.Field) -> tuple[str, ...]:
     """Return the words that a flag accepts, or none if it accepts others too."""
     choices = field.metadata.get("choices", ())
@@ -541,54 +515,43 @@ def choices_of(field: dataclasses.Field) -> tuple[str, ...]:
 
 BOUNDS = {"above": ("above", operator.gt), "below": ("below", operator.lt)}
 BOUNDS |= {"least": ("at least", operator.ge), "most": ("at most", operator.le)}
+TYPES = {"int": (int, "a whole number"), "float": ((int, float), "a number"), "str": (str, "a text")}
+TYPES |= {"bool": (bool, "true or false"), "list": (list, "a list")}
 
 
 def value_fault(field: dataclasses.Field, value) -> str | None:
-    """Return what is wrong with a flag's value, or None; of config.json's values, their type too."""
-    kind = field.type.split()[0]
-    about = {"most": 1e6 if kind == "float" else 10**12, **field.metadata}
-    types = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list}[kind]
-    if value in about.get("words", ()) or (value is None and "None" in field.type):
+    """Return what is wrong with a flag's value, or None."""
+    kind, about = field.type.split()[0], field.metadata
+    (types, wanted), others = TYPES[kind], about.get("words", ())
+    if value in others or (value is None and "None" in field.type):
         return None
     if not isinstance(value, types) or (isinstance(value, bool) and kind != "bool"):
-        return "not of its type"
+        return f"not {' or '.join((wanted, *others))}"
     if (choices := choices_of(field)) and value not in choices:
         return f"must be one of {', '.join(choices)}{nearest(value, choices)}"
     if kind == "float" and not math.isfinite(value):
         return "must be finite"
-    for name in [name for name in BOUNDS if name in about and kind in ("int", "float")]:
-        (words, holds), bound = BOUNDS[name], about[name]
-        if not holds(value, bound):
+    bounds = {"most": 1e6 if kind == "float" else 10**12, **about} if kind in ("int", "float") else {}
+    for name, (words, holds) in BOUNDS.items():
+        if name in bounds and not holds(value, bound := bounds[name]):
             shown = f"{words} {bound:g}" if kind == "float" else f"{words} {bound:,}"
             return f"must be {shown if bound < 2**60 else 'below 2**63'}"
     return None
 
 
-def read_value(field: dataclasses.Field, text: str):
-    """Return a flag's value, or the Fault that it has: argparse's type."""
-    kind, words = field.type.split()[0], field.metadata.get("words", ())
-    try:
-        value = text if text in words else {"int": int, "float": float}.get(kind, str)(text)
-    except ValueError:
-        wanted = " or ".join(({"int": "a whole number", "float": "a number"}[kind], *words))
-        return Fault(f"--{field.name} {text}: not {wanted}")
-    fault = None if kind == "list" else value_fault(field, value)
-    return Fault(f"--{field.name} {text}: {fault}") if fault else value
+def read_value(field: dataclasses.Field, text):
+    """Return a flag's number; of other types, and where the text is no number, what argparse has."""
+    with contextlib.suppress(KeyError, ValueError):
+        return {"int": int, "float": float}[field.type.split()[0]](text)
+    return text
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, raised as UsageError."""
-
-    def error(self, message: str):
-        raise UsageError(f"{message.removeprefix('argument ')}; see --help")
-
-
-def build_parser() -> Parser:
-    """Return the parser of Config's fields; flags that are not given are absent from its result."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of Config's fields, whose values are texts; flags that are not given are absent."""
     epilog = "Exit codes: 0 done, 1 unexpected, 2 bad usage or input, 3 training became non-finite, 4 storage, "
     epilog += "5 another rank is gone, 130 or 143 stopped."
-    how = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-    parser = Parser("reproduce_zo_paper.py", description=__doc__.split("\n\n")[0], epilog=epilog, **how)
+    how = {"description": __doc__.split("\n\n")[0], "epilog": epilog, "argument_default": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser("reproduce_zo_paper.py", allow_abbrev=False, exit_on_error=False, **how)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for field in FIELDS.values():
         about, kind, how = field.metadata, field.type.split()[0], {"action": "store_true"}
@@ -596,15 +559,17 @@ def build_parser() -> Parser:
         text = about["help"] + (f" (default: {shown})" if shown not in (None, False) else "")
         if kind != "bool":
             names = choices_of(field) or ({"int": "N", "float": "X", "list": "RUN"}.get(kind, "TEXT"),)
-            metavar = "|".join((*names, *about.get("words", ())))
-            how = {"type": functools.partial(read_value, field), "metavar": metavar, "nargs": about.get("nargs")}
+            how = {"metavar": "|".join((*names, *about.get("words", ()))), "nargs": about.get("nargs")}
         groups[about["group"]].add_argument(f"--{field.name}", help=text.replace("%", "%%"), **how)
     return parser
 
 
 def parse_config(argv: Sequence[str]) -> tuple[Config, set[str]]:
     """Return the flags as a Config and the names of those given; raises UsageError with a line for every fault."""
-    known, unknown = build_parser().parse_known_args(list(argv))
+    try:
+        known, unknown = build_parser().parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{str(error).removeprefix('argument ')}; see --help") from error
     flags, faults = [f"--{name}" for name in FIELDS], []
     for before, word in zip(["", *unknown], unknown):
         name = word.split("=")[0]
@@ -612,10 +577,12 @@ def parse_config(argv: Sequence[str]) -> tuple[Config, set[str]]:
             faults.append(f"{name}: no such flag{nearest('--learning_rate' if name == '--lr' else name, flags)}")
         elif not before.startswith("-"):
             faults.append(f"{word}: not expected here; flags start with --")
-    faulty = {name: str(value) for name, value in vars(known).items() if isinstance(value, Fault)}
-    values = {name: value for name, value in vars(known).items() if name not in faulty}
+    values = {name: read_value(FIELDS[name], text) for name, text in vars(known).items()}
+    faulty = {name: fault for name, value in values.items() if (fault := value_fault(FIELDS[name], value))}
+    faults += [f"--{name} {getattr(known, name)}: {fault}" for name, fault in faulty.items()]
+    values = {name: value for name, value in values.items() if name not in faulty}
     config = Config(**values)
-    if faults := [*faults, *faulty.values(), *validate(config, set(values), set(faulty))]:
+    if faults := faults + validate(config, set(values), set(faulty)):
         raise UsageError("\n".join(faults))
     return config, set(values)
 
@@ -637,21 +604,18 @@ def value_faults(config: Config) -> list[str]:
     checks = [
         (match and int(match["first"] or 0) <= int(match["last"] or 0), f"--scope {c.scope}: must be full, head, "
          "norms, embedding, reduced, layerwise, blocks:I-J with I up to J (blocks:0-1: the first two), or lora:R"),
-        (not c.adapter_rank or c.init_from, f"--scope {c.scope}: adapters are for a trained model; name it by "
-         "--init_from"),
+        (not c.adapter_rank or c.init_from, f"--scope {c.scope}: adapters are for a trained model (--init_from)"),
         (c.run_name is None or PLAIN_NAME.fullmatch(c.run_name), f"--run_name {c.run_name!r}: must be a plain name of "
          "1 to 100 characters, without / or control characters and without a leading dot or dash"),
         (c.init_from is None or Path(c.init_from).is_dir() or HUB_ID.fullmatch(c.init_from), f"--init_from "
          f"{c.init_from}: neither a folder nor a hub id (OWNER/NAME)" + f"; did you mean {old_name}?" * bool(old_name)),
-        (c.init_from or c.block_size <= MAX_POSITIONS, f"--block_size {c.block_size}: the model has {MAX_POSITIONS} "
-         "positions; lower it"),
+        (c.init_from or c.block_size <= MAX_POSITIONS, f"--block_size {c.block_size}: must be at most {MAX_POSITIONS}"),
         (c.bp_interval or not own.interval, f"--bp_interval: --mode {c.mode} needs it (a number of steps, such as 5)"),
         (not idle, "--query_budget_q 0: only for --direction feedback or --head closed_form, which know something "
          "without queries, or where backpropagations are to be alone"),
         (c.query_data == "shared" or not c.measures or c.batch_size % q == 0, f"--query_data distinct: --batch_size "
          f"{c.batch_size} can't be divided evenly among --query_budget_q {q} queries; make it a multiple"),
-        (not (local and q), f"--query_budget_q {q}: has no effect with --carry block, whose first block takes the "
-         "error to the embedding"),
+        (not (local and q), f"--query_budget_q {q}: has no effect with --carry block, whose error enters embeddings"),
         (not own.queries or "mudamw" not in c.optimizers or not family.optimizers, f"--{named} mudamw: not for "
          f"--direction {c.direction}: Muon would amplify rounding in the null space of its estimate; take sgd or adam"),
         (c.objective == "loss" or (c.measures and family.perturbs_weights and c.head == "estimated" and not c.layerwise
@@ -688,20 +652,18 @@ def run_directories(path: str) -> list[Path]:
 
 ACTIONS = ("resume", "replay", "compare")
 BESIDE = {"replay": {"replay_step"}, "compare": {"log_dir"}}  # flags that have an effect beside these actions
-ALWAYS = {"debug", "num_threads", "device", "offline", "cache_dir", "dry_run"}
+ALWAYS = {"debug", "num_threads", "device", "offline", "cache_dir"}
 
 
 def action_faults(config: Config, given: set[str]) -> list[str]:
     """Return what is wrong with --resume, --replay, --compare, and with flags beside them that would do nothing."""
     actions = [name for name in ACTIONS if getattr(config, name)]
     faults = ["--resume, --replay, --compare: only one of them"] * (len(actions) > 1)
-    if config.dry_run and actions:
-        faults.append("--dry_run: is for a new run, not for --resume, --replay or --compare")
     for action in actions:
-        beside = given - {action} - ALWAYS - BESIDE.get(action, given)
-        beside |= given & {"log_dir"} if action == "resume" and config.resume != "auto" else set()
+        idle = given & {"log_dir", "dry_run"} if action == "resume" else given - {action} - ALWAYS - BESIDE[action]
+        idle -= {"log_dir"} if config.resume == "auto" else set()
         why = f"has no effect beside --{action}, whose flags are the run's own"
-        faults += [f"--{name}: {why}" for name in sorted(beside)]
+        faults += [f"--{name}: {why}" for name in sorted(idle)]
     if config.replay_step is not None and config.replay is None:
         faults.append("--replay_step: has no effect without --replay")
     odd = [path for path in config.compare or [] if not run_directories(path)]
@@ -715,23 +677,26 @@ def action_faults(config: Config, given: set[str]) -> list[str]:
 
 def useless_flags(config: Config, given: set[str]) -> list[str]:
     """Return a line for every given flag that would silently do nothing."""
-    needs = {name: NEEDS[FIELDS[name].metadata["needs"]] for name in sorted(given) if "needs" in FIELDS[name].metadata}
-    return [f"--{name}: has no effect without {words}" for name, (used, words) in needs.items() if not used(config)]
+    idle = {name: words for name in sorted(given) if (words := lacking(config, name))}
+    return [f"--{name}: has no effect without {' and '.join(words)}" for name, words in idle.items()]
+
+
+def package_faults(config: Config) -> list[str]:
+    """Return the flags whose package is not installed."""
+    packages = {"--tensorboard": config.tensorboard and "tensorboard", f"--track {config.track}": config.track}
+    packages["--weights int8"] = config.weights == "int8" and f"torchao=={TORCHAO}"
+    wanted = {flag: name for flag, name in packages.items() if name}
+    missing = [flag for flag, name in wanted.items() if importlib.util.find_spec(name.partition("==")[0]) is None]
+    return [f"{flag}: its package is not installed; run: pip install {wanted[flag]}" for flag in missing]
 
 
 def validate(config: Config, given: set[str], faulty: set[str]) -> list[str]:
     """Return every fault that shows without data, one line each; flags in `faulty` have had theirs."""
-    packages = {"tensorboard": config.tensorboard and "tensorboard", f"track {config.track}": config.track}
-    packages |= {"weights int8": config.weights == "int8" and f"torchao=={TORCHAO}"}
-    wanted = {flag: name for flag, name in packages.items() if name}
-    missing = [flag for flag, name in wanted.items() if importlib.util.find_spec(name.partition("==")[0]) is None]
-    faults = action_faults(config, given)
-    faults += [f"--{flag}: its package is not installed; run: pip install {wanted[flag]}" for flag in missing]
-    faults += folder_faults(config)
+    faults = action_faults(config, given) + package_faults(config) + folder_faults(config)
     if not any(getattr(config, name) for name in ACTIONS):  # else the other flags are the run's own
-        faults += [line for line in value_faults(config) if not any(f"--{name}" in line.split() for name in faulty)]
-        faults += (useless_flags(config, given) if not faulty else []) + text_faults(config)
-    return [fault for fault in dict.fromkeys(faults) if fault.split()[0].strip(":,").removeprefix("--") not in faulty]
+        faults += value_faults(config) + (useless_flags(config, given) if not faulty else []) + text_faults(config)
+    named = {fault: {word.rstrip(":,;") for word in fault.split()} for fault in faults}
+    return [fault for fault, words in named.items() if not words & {f"--{name}" for name in faulty}]
 
 
 def local_format(path: Path) -> str | None:
@@ -748,18 +713,19 @@ def local_files(dataset: str) -> list[Path]:
 
 def dataset_fault(source: Source) -> str | None:
     """Return the fault of a name that is neither known, nor a hub id, nor readable files of one format."""
-    dataset, named, known = source.name, f"{source.flag} {source.name}", ["embedded", *HUB_DATASETS]
-    if dataset not in known and Path(dataset).exists():
-        files = local_files(dataset)
-        if len({local_format(file) for file in files}) > 1:
-            return f"{named}: holds files of several formats ({files[0].name}, ...); take a folder of one, or a file"
-        if any(file.stat().st_size for file in files):
-            return None
-        return f"{named}: must be a non-empty file, or a folder with some, ending in {' '.join(LOCAL_FORMATS)}"
-    if dataset in known or (HUB_ID.fullmatch(dataset) and not local_format(Path(dataset))):
+    named = f"{source.flag} {source.name}"
+    if source.name == "embedded" or source.hub:
         return None
-    hint = f"{nearest(dataset, known)}; known: {', '.join(known)}"
-    return f"{named}: neither a file, nor a hub id (OWNER/NAME), nor a known data set{hint}"
+    if not Path(source.name).exists():
+        known = ["embedded", *HUB_DATASETS]
+        hint = f"{nearest(source.name, known)}; known: {', '.join(known)}"
+        return f"{named}: neither a file, nor a hub id (OWNER/NAME), nor a known data set{hint}"
+    files = local_files(source.name)
+    if len({local_format(file) for file in files}) > 1:
+        return f"{named}: holds files of several formats ({files[0].name}, ...); take a folder of one, or a file"
+    if not any(file.stat().st_size for file in files):
+        return f"{named}: must be a non-empty file, or a folder with some, ending in {' '.join(LOCAL_FORMATS)}"
+    return None
 
 
 SCORES = ("accuracy", "exact_match", "f1")  # or FILE.py:FUNCTION
@@ -767,12 +733,11 @@ STAGE_LISTS = {"stage_epochs": int, "stage_steps": int, "stage_learning_rates": 
 
 
 def listed(text: str, kind: type) -> list:
-    """Return positive numbers or optimizers that have commas between them; raises ValueError for any other text."""
-    values = [kind(part.strip()) for part in text.split(",")]
-    most = 1e6 if kind is float else 10**12
-    if not all(value in OPTIMIZERS if kind is str else 0 < value <= most for value in values):
-        raise ValueError("out of range")
-    return values
+    """Return positive numbers or optimizers that have commas between them; none for any other text."""
+    most, values = 1e6 if kind is float else 10**12, []
+    with contextlib.suppress(ValueError):
+        values = [kind(part.strip()) for part in text.split(",")]
+    return values if all(value in OPTIMIZERS if kind is str else 0 < value <= most for value in values) else []
 
 
 def text_faults(config: Config) -> list[str]:
@@ -787,23 +752,19 @@ def text_faults(config: Config) -> list[str]:
         if score not in (other, *SCORES) and not there:
             known = ", ".join([other] * bool(other) + [*SCORES])
             faults.append(f"--{name} {score}: must be one of {known}, or FILE.py:FUNCTION of a file that is there")
-    for name, kind in ((name, kind) for name, kind in STAGE_LISTS.items() if getattr(config, name) is not None):
-        try:
-            listed(getattr(config, name), kind)
-        except ValueError:
+    for name, kind in STAGE_LISTS.items():
+        if (text := getattr(config, name)) is not None and not listed(text, kind):
             wanted = ", ".join(OPTIMIZERS) if kind is str else f"{'whole ' * (kind is int)}numbers above 0, such as 2,1"
-            faults.append(f"--{name} {getattr(config, name)}: must be one or several, with commas, of {wanted}")
+            faults.append(f"--{name} {text}: must be one or several, with commas, of {wanted}")
     return faults
 
 
 def folder_faults(config: Config) -> list[str]:
     """Return the faults of folders that can't be written to, and of an export folder that is there; makes none."""
     folders = {} if config.resume or config.replay else {"log_dir": config.log_dir, "cache_dir": config.cache}
-    faults = []
-    if config.export_dir is not None:
-        folders["export_dir"] = config.export_dir
-        if Path(config.export_dir).exists():
-            faults = [f"--export_dir {config.export_dir}: is there already; name a new folder"]
+    folders |= {} if config.export_dir is None else {"export_dir": config.export_dir}
+    there = config.export_dir is not None and Path(config.export_dir).exists()
+    faults = [f"--export_dir {config.export_dir}: is there already; name a new folder"] * there
     for name, folder in folders.items():
         path = Path(folder).absolute()
         try:
@@ -969,15 +930,12 @@ class Workers(contextlib.ExitStack):
 
         It returns, also when interrupted, only when every item was given to its task and no task runs any more.
         """
-        waiting, failures = collections.deque(items), []
+        items, failures = list(items), []
+        waiting = iter(items)  # shared by the threads: no two get the same item
 
         def work() -> None:
             with torch.no_grad():
-                while True:
-                    try:
-                        item = waiting.popleft()
-                    except IndexError:
-                        return
+                for item in waiting:
                     try:
                         task(item)
                     except (RuntimeError, MemoryError, FloatingPointError) as failure:
@@ -986,13 +944,12 @@ class Workers(contextlib.ExitStack):
         if self._pool is None:
             work()
         else:
-            futures = [self._pool.submit(work) for _ in range(min(self.count, len(waiting)))]
+            futures = [self._pool.submit(work) for _ in range(min(self.count, len(items)))]
             try:
-                concurrent.futures.wait(futures)
+                for future in futures:
+                    future.result()
             finally:  # interrupted: the tasks go on, so that what they write is whole
                 concurrent.futures.wait(futures)
-            for future in futures:
-                future.result()
         if failures:
             raise failures[0]
 
@@ -1032,15 +989,14 @@ def multiply_by_onednn() -> torch.library.Library:
         fits = out.dtype == a.dtype and out.shape == (a.shape[0], b.shape[1]) and faster(a, b)
         return out.copy_(product(a, b)) if fits else kernels["mm.out"].call_boxed(keys, a, b, out=out)
 
-    def addmm(keys, c, a, b, *, beta=1, alpha=1):
-        fits = c.dtype == a.dtype and c.shape == b.shape[1:] and c.is_contiguous() and beta == alpha == 1
-        fits = fits and faster(a, b)
-        return product(a, b, c) if fits else kernels["addmm"].call_boxed(keys, c, a, b, beta=beta, alpha=alpha)
+    def addmm(keys, c, a, b, **factors):  # beta and alpha
+        fits = c.dtype == a.dtype and c.shape == b.shape[1:] and c.is_contiguous() and set(factors.values()) <= {1}
+        return product(a, b, c) if fits and faster(a, b) else kernels["addmm"].call_boxed(keys, c, a, b, **factors)
 
-    def addmm_(keys, c, a, b, *, beta=1, alpha=1):
-        fits = c.dtype == torch.float32 == a.dtype and c.shape == (a.shape[0], b.shape[1]) and beta == alpha == 1
-        fits = fits and faster(a, b)  # a bfloat16 product would be rounded before the sum
-        return c.add_(product(a, b)) if fits else kernels["addmm_"].call_boxed(keys, c, a, b, beta=beta, alpha=alpha)
+    def addmm_(keys, c, a, b, **factors):  # a bfloat16 product would be rounded before the sum
+        fits = c.dtype == torch.float32 == a.dtype and c.shape == (a.shape[0], b.shape[1])
+        fits = fits and set(factors.values()) <= {1} and faster(a, b)
+        return c.add_(product(a, b)) if fits else kernels["addmm_"].call_boxed(keys, c, a, b, **factors)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there were others, which is the purpose
@@ -1102,17 +1058,16 @@ class Ranks:
     go by nccl. Raises RankError where another rank is gone or does not answer.
     """
 
-    PATIENCE = datetime.timedelta(days=7)  # preparing a run, or ending it, may take rank 0 hours
+    PATIENCE = 7 * 24 * 3600.0  # seconds: preparing a run, or ending it, may take rank 0 hours
 
     def __init__(self):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        self.first = self.rank == 0  # it keeps the run directory
         self.stop = Stop(echo=1.0 if self.size > 1 else 0.0)
-        self.group, self.timeout, self.sent = None, math.inf, 0
+        self.group, self.patient, self.timeout, self.sent = None, None, self.PATIENCE, 0
         # a collective waits in a thread of its own, so that the main thread heeds signals
         self.pool = concurrent.futures.ThreadPoolExecutor(1, "ranks")
-
-    first = property(lambda self: self.rank == 0, doc="Whether this is rank 0, which keeps the run directory.")
 
     def __enter__(self) -> Ranks:
         self.stop.__enter__()
@@ -1122,35 +1077,32 @@ class Ranks:
             raise UsageError("WORLD_SIZE is set, MASTER_ADDR or MASTER_PORT is not: start the processes with torchrun")
         nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-        self._call(lambda: torch.distributed.init_process_group(backend), "at the start")
-        self.group = self._group(self.PATIENCE)
+        self._call(lambda: torch.distributed.init_process_group(backend))
+        self.begin(self.PATIENCE)
+        self.patient = self.group
         return self
 
     def __exit__(self, kind, *exception) -> None:
         self.stop.close()
-        if self.size > 1 and kind is None and torch.distributed.is_initialized():
+        if self.size > 1 and kind is None:
             torch.distributed.destroy_process_group()
-
-    def _group(self, timeout: datetime.timedelta):
-        return self._call(lambda: torch.distributed.new_group(backend="gloo", timeout=timeout), "at the start")
 
     def begin(self, timeout: float) -> None:
         """Give up, from here on, a rank that does not answer for so many seconds."""
         if self.size > 1:
-            group = self._group(datetime.timedelta(seconds=timeout))
-            self.patient, self.group, self.timeout = self.group, group, timeout
+            how = {"backend": "gloo", "timeout": datetime.timedelta(seconds=timeout)}
+            self.group, self.timeout = self._call(lambda: torch.distributed.new_group(**how)), timeout
 
     def relax(self) -> None:
         """Wait for the others, from here on, as long as it takes."""
-        if self.size > 1:
-            self.group = self.patient
+        self.group = self.patient
 
     def heed(self, where: str) -> None:
         """Raise Interrupted on all ranks where one was told to stop."""
         if number := max(self.gather(self.stop.signal, where)):
             raise Interrupted(number)
 
-    def _call(self, act: Callable, where: str):
+    def _call(self, act: Callable, where: str = "at the start"):
         try:
             return self.pool.submit(act).result()
         except RuntimeError as error:
@@ -1159,7 +1111,7 @@ class Ranks:
             more = "start the ranks again with --resume to go on" if where.startswith("step") else first_line(error)
             raise RankError(f"{where}: another rank is {what}; {more}") from error
 
-    def gather(self, own, where: str) -> list:
+    def gather(self, own, where: str = "at the start") -> list:
         """Return every rank's object. Where a rank ends with an error, it is said there, and RankError is raised."""
         if self.size == 1:
             return [own]
@@ -1187,24 +1139,23 @@ class Ranks:
             result = act()
         except UsageError as error:
             faults = str(error).splitlines()
-        everyone = self.gather(faults, "at the start")
+        everyone = self.gather(faults)
         common = [line for line in everyone[0] if all(line in lines for lines in everyone)]
         own = [f"rank {rank}: {line}" for rank, lines in enumerate(everyone) for line in lines if line not in common]
         if common or own:
             raise UsageError("\n".join(common + own))
         return result
 
-    def same(self, facts: dict[str, str], where: str = "at the start", error: type[RunError] = UsageError) -> None:
-        """Raise the error on all ranks where the facts of one are others than rank 0's."""
-        first, *others = self.gather(facts, where)
+    def same(self, facts: dict[str, str]) -> None:
+        """Raise UsageError on all ranks where the facts of one are others than rank 0's."""
+        first, *others = self.gather(facts)
         for rank, own in enumerate(others, 1):
             if odd := [f"{name} {own[name]}, there {first[name]}" for name in first if own[name] != first[name]]:
-                raise error(f"rank {rank} is not like rank 0: " + "; ".join(odd))
+                raise UsageError(f"rank {rank} is not like rank 0: " + "; ".join(odd))
 
-    def share(self, q: int, rank: int | None = None) -> range:
-        """Return a rank's queries: consecutive ones, as many as any other's or one more."""
-        rank = self.rank if rank is None else rank
-        return range(q * rank // self.size, q * (rank + 1) // self.size)
+    def share(self, q: int) -> range:
+        """Return this rank's queries: consecutive ones, as many as any other's or one more."""
+        return range(q * self.rank // self.size, q * (self.rank + 1) // self.size)
 
     def exchange(self, measure: Callable[[], np.ndarray], where: str) -> np.ndarray:
         """Return all ranks' measurements [q, ...], of which measure() gives this one's [share, ...], in one message.
@@ -1227,10 +1178,6 @@ class Ranks:
             self._call(functools.partial(torch.distributed.broadcast, tensor, source, group), where)
             self.sent += tensor.nbytes * (self.first and source == 0)
 
-    def hand_out(self, content=None):
-        """Return rank 0's object; the others wait for it."""
-        return self.gather(content, "at the start")[0]
-
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out: Python, numpy, torch on CUDA and torch on a CPU each say it in their own way."""
@@ -1249,46 +1196,29 @@ TILE_SCALE_ACCELERATOR = 16
 IGNORE_INDEX = -100  # a label that is not to be predicted, as everywhere in transformers
 
 
-@dataclass(frozen=True)
 class Tensor:
     """A trainable parameter as directions see it: a matrix [rows, columns] cut into blocks of whole rows.
 
-    A vector is a column; of more than two dimensions the last one is the columns.
+    A vector is a column; of more than two dimensions the last one is the columns. `dtype` is what is computed about it
+    in: its own, but float32 for bfloat16.
     """
 
-    index: int
-    name: str
-    parameter: torch.nn.Parameter
+    def __init__(self, index: int, name: str, parameter: torch.nn.Parameter):
+        self.index, self.name, self.parameter = index, name, parameter
+        self.dtype = torch.float32 if parameter.dtype == torch.bfloat16 else parameter.dtype
+        self.columns = parameter.shape[-1] if parameter.ndim > 1 else 1
+        self.rows = parameter.numel() // max(1, self.columns)
+        elements = BLOCK_ELEMENTS.get(parameter.device.type, BLOCK_ELEMENTS_ACCELERATOR)
+        self.block_rows = max(1, min(self.rows, elements // max(1, self.columns)))  # of every block but the last
+        self.blocks = range(-(-self.rows // self.block_rows))
 
     @property
     def matrix(self) -> torch.Tensor:
         """The parameter's memory as [rows, columns], detached from autograd."""
         return self.parameter.detach().view(self.rows, self.columns)
 
-    @functools.cached_property
-    def rows(self) -> int:
-        return self.parameter.numel() // max(1, self.columns)
-
-    @functools.cached_property
-    def columns(self) -> int:
-        return self.parameter.shape[-1] if self.parameter.ndim > 1 else 1
-
-    @functools.cached_property
-    def block_rows(self) -> int:
-        """Rows of every block but the last."""
-        elements = BLOCK_ELEMENTS.get(self.parameter.device.type, BLOCK_ELEMENTS_ACCELERATOR)
-        return max(1, min(self.rows, elements // max(1, self.columns)))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What is computed about it in: its own dtype, but float32 for bfloat16."""
-        return torch.float32 if self.parameter.dtype == torch.bfloat16 else self.parameter.dtype
-
-    @property
-    def blocks(self) -> range:
-        return range(-(-self.rows // self.block_rows))
-
     def span(self, block: int) -> slice:
+        """Return the rows of a block."""
         return slice(block * self.block_rows, min(self.rows, (block + 1) * self.block_rows))
 
 
@@ -1299,11 +1229,9 @@ def trainable_tensors(parameters: Iterable[tuple[str, torch.nn.Parameter]], half
     tensors = {}
     for name, parameter in parameters:
         if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16 if half else None):
-            raise ValueError(
-                f"{name} is {parameter.dtype}: what is perturbed must be float32 (or float64) masters, since adding "
-                "and removing epsilon*z in half precision moves the weights; call model.float(), and compute in "
-                "bfloat16 instead"
-            )
+            what = f"{name} is {parameter.dtype}: what is perturbed must be float32 (or float64) masters"
+            why = "since adding and removing epsilon*z in half precision moves the weights"
+            raise ValueError(f"{what}, {why}; call model.float(), and compute in bfloat16 instead")
         if not parameter.is_contiguous():
             raise ValueError(f"{name} is not contiguous in memory; store parameter.data.contiguous() in it")
         tensors.setdefault(id(parameter), Tensor(len(tensors), name, parameter))
@@ -1321,73 +1249,73 @@ def full_precision(values: torch.Tensor) -> torch.Tensor:
 
 
 class Tile(NamedTuple):
-    """Logits [S, v] of some tokens of one group over some rows of the vocabulary, and which targets are among them."""
+    """Logits [S, v] of some tokens of one group over some rows of the vocabulary; of those whose target is among these,
+    which are `inside`, it is at `column` [S, 1].
+    """
 
     group: int
     span: slice
     rows: slice
-    weight: torch.Tensor
     logits: torch.Tensor
     inside: torch.Tensor
-    local: torch.Tensor
+    column: torch.Tensor
 
 
 class HeadTiles:
-    """The output layer for `groups` groups, cut into slabs of the vocabulary that workers take one by one.
+    """The logits of h [G, S, n], in the compute dtype, with targets int64 [G, S]: h W^T + bias [1 or G, vocabulary],
+    and P A^T where each group has `factors` (P [S, r], A [vocabulary, r]).
 
-    `weights(slab)` yields (rows of the vocabulary, [(group, weight rows [v, n])]): the group's logits are h W^T + bias,
-    and h z^T for the (direction, its `inner` of h) that `factors` has of each group. Here W is shared by all groups;
-    bias is [1 or groups, vocabulary].
+    `slabs` are (number of a part of the vocabulary, call), which workers take one by one: call() yields (rows of the
+    vocabulary, W's [v, n], the groups that multiply them). Here W is shared by all groups.
     """
 
-    def __init__(self, head: torch.nn.Linear, groups: int, scale: int, bias=None, factors: Sequence[tuple] = ()):
-        self.head, self.groups, self.factors = head, groups, factors
+    def __init__(self, head: torch.nn.Linear, h: torch.Tensor, targets: torch.Tensor, bias=None):
+        self.weight, self.h, self.targets, self.factors = head.weight, h, targets, ()
         self.bias = head.bias[None] if bias is None and head.bias is not None else bias
-        self.tile, slab, self.scale = TILE_VOCABULARY * scale, SLAB_VOCABULARY * scale, scale
-        size = head.weight.shape[0]
-        self.slabs = [(lo // slab, lo, min(size, lo + slab)) for lo in range(0, size, slab)]
-        self.slab_count = len(self.slabs)
+        self.scale = 1 if h.device.type == "cpu" else TILE_SCALE_ACCELERATOR
+        starts = range(0, len(self.weight), SLAB_VOCABULARY * self.scale)
+        self.slabs = [(number, functools.partial(self._shared, first)) for number, first in enumerate(starts)]
 
-    def weights(self, slab: tuple[int, int, int]) -> Iterator:
-        """Yield the rows of a slab a tile at a time, with what every group multiplies."""
-        _, first, last = slab
-        for lo in range(first, last, self.tile):
-            rows = slice(lo, min(last, lo + self.tile))
-            yield rows, [(group, self.head.weight[rows]) for group in range(self.groups)]
+    def _shared(self, first: int) -> Iterator[tuple[slice, torch.Tensor, Sequence[int]]]:
+        last, step = min(first + SLAB_VOCABULARY * self.scale, len(self.weight)), TILE_VOCABULARY * self.scale
+        for lo in range(first, last, step):
+            rows = slice(lo, min(last, lo + step))
+            yield rows, self.weight[rows], range(len(self.h))
 
-    def tiles(self, slab: tuple[int, int, int], h: torch.Tensor, targets: torch.Tensor) -> Iterator[Tile]:
-        """Yield every tile of a slab; h [G, S, n], targets int64 [G, S]."""
+    def tiles(self, slab: tuple[int, Callable]) -> Iterator[Tile]:
+        """Yield every tile of a slab."""
         step = TILE_TOKENS * self.scale
-        for rows, entries in self.weights(slab):
-            for (group, weight), lo in itertools.product(entries, range(0, h.shape[1], step)):
-                span = slice(lo, min(h.shape[1], lo + step))
-                x, local = h[group, span], targets[group, span] - rows.start
-                logits = x @ weight.to(h.dtype).T
+        for rows, weight, groups in slab[1]():
+            for group, lo in itertools.product(groups, range(0, self.h.shape[1], step)):
+                span = slice(lo, lo + step)
+                logits = self.h[group, span] @ weight.to(self.h.dtype).T
                 if self.factors:
-                    direction, inner = self.factors[group]
-                    direction.add_outer(inner[span], rows, logits)
+                    inner, left = self.factors[group]
+                    logits.addmm_(inner[span], left[rows].T.to(logits.dtype))
                 if self.bias is not None:
                     logits.add_(self.bias[group % len(self.bias), rows])
-                inside = (local >= 0) & (local < len(weight))
-                yield Tile(group, span, rows, weight, full_precision(logits), inside, local)
+                local = self.targets[group, span] - rows.start
+                inside, column = (local >= 0) & (local < len(weight)), local.clamp(0, len(weight) - 1)[:, None]
+                yield Tile(group, span, rows, full_precision(logits), inside, column)
 
 
-def log_normalizers(h: torch.Tensor, targets: torch.Tensor, head: HeadTiles, workers: Workers) -> tuple:
+def log_normalizers(head: HeadTiles, workers: Workers) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log sum exp of each token's logits, and the logit of its target (0 for IGNORE_INDEX), float64 [G, S].
 
-    h [G, S, n] in the compute dtype, targets int64 [G, S]. log sum exp runs over tiles of the vocabulary and is joined
-    in float64 in a fixed order, so the result does not depend on the workers.
+    log sum exp runs over tiles of the vocabulary and is joined in float64 in a fixed order, so the result does not
+    depend on the workers.
     """
-    joint = wide(h.device)
-    partial = torch.full((head.slab_count, *targets.shape), -math.inf, dtype=joint, device=h.device)
+    joint = wide(head.h.device)
+    count = 1 + max(number for number, _ in head.slabs)
+    partial = torch.full((count, *head.targets.shape), -math.inf, dtype=joint, device=head.h.device)
     picked = torch.zeros_like(partial)  # like it, a part a slab: no two workers write to one place
 
-    def work(slab) -> None:
-        for tile in head.tiles(slab, h, targets):
-            joined = partial[slab[0], tile.group, tile.span]
-            torch.logaddexp(joined, torch.logsumexp(tile.logits, 1).to(joint), out=joined)
-            chosen = tile.logits.gather(1, tile.local.clamp(0, tile.logits.shape[1] - 1)[:, None])[:, 0].to(joint)
-            picked[slab[0], tile.group, tile.span] += torch.where(tile.inside, chosen, 0.0)
+    def work(slab: tuple[int, Callable]) -> None:
+        for tile in head.tiles(slab):
+            at = slab[0], tile.group, tile.span
+            torch.logaddexp(partial[at], torch.logsumexp(tile.logits, 1).to(joint), out=partial[at])
+            chosen = tile.logits.gather(1, tile.column)[:, 0].to(joint)
+            picked[at] += torch.where(tile.inside, chosen, 0.0)
 
     workers.each(work, head.slabs)
     return torch.logsumexp(partial, 0), picked.sum(0)
@@ -1405,38 +1333,37 @@ class OutputError(NamedTuple):
     back: torch.Tensor | None
 
 
-def output_error(h: torch.Tensor, targets: torch.Tensor, back: bool, head: HeadTiles, workers: Workers) -> OutputError:
-    """Return the loss at h [1, S, n] with targets int64 [1, S], and its gradients in the output layer and, if wanted,
-    in h.
+def output_error(head: HeadTiles, back: bool, workers: Workers) -> OutputError:
+    """Return the loss at one group's logits, and its gradients in the output layer and, if wanted, in h.
 
     A tile of the logits at a time, in W's dtype. A worker's slab has its own part of `back`, and parts are added in the
     order of the slabs, however many workers there are.
     """
-    dtype = full_precision(head.head.weight[:0]).dtype
-    weight = torch.zeros_like(head.head.weight, dtype=dtype, requires_grad=False)
+    dtype = full_precision(head.weight[:0]).dtype
+    weight = torch.zeros_like(head.weight, dtype=dtype, requires_grad=False)
     bias = weight.new_zeros(len(weight))
-    total = torch.zeros(h[0].shape, dtype=dtype, device=h.device) if back else None
-    parts = [torch.zeros_like(total) for _ in range(workers.count)] if back else []
-    normalizer, picked = log_normalizers(h, targets, head, workers)
-    counted = targets[0] != IGNORE_INDEX
+    normalizer, picked = log_normalizers(head, workers)
+    counted = head.targets[0] != IGNORE_INDEX
     share = counted.to(dtype) / counted.sum()
     loss = (torch.where(counted, normalizer - picked, 0.0).sum() / counted.sum()).item()
-    normalizer, x = normalizer[0].to(dtype), h[0].to(dtype)
+    normalizer, x = normalizer[0].to(dtype), head.h[0].to(dtype)
+    total = torch.zeros_like(x) if back else None
+    parts = [torch.zeros_like(x) for _ in range(workers.count)] if back else []
 
-    def work(item) -> None:
+    def work(item: tuple[tuple, torch.Tensor | None]) -> None:
         slab, part = item
-        for tile in head.tiles(slab, h, targets):
+        for tile in head.tiles(slab):
             delta = tile.logits.sub_(normalizer[tile.span, None]).exp_()
-            target = tile.local.clamp(0, delta.shape[1] - 1)[:, None]  # not by a mask: its size would be fetched
-            delta.scatter_add_(1, target, -tile.inside[:, None].to(delta.dtype))
+            # not by a mask: its size would be fetched
+            delta.scatter_add_(1, tile.column, -tile.inside[:, None].to(delta.dtype))
             delta = delta.mul_(share[tile.span, None]).to(dtype)
             weight[tile.rows].addmm_(delta.T, x[tile.span])
             bias[tile.rows] += delta.sum(0)
             if part is not None:
-                part[tile.span].addmm_(delta, tile.weight.to(dtype))
+                part[tile.span].addmm_(delta, head.weight[tile.rows].to(dtype))
 
-    together = workers.count if back else head.slab_count
-    for lo in range(0, head.slab_count, together):
+    together = len(parts) or len(head.slabs)
+    for lo in range(0, len(head.slabs), together):
         workers.each(work, zip(head.slabs[lo : lo + together], parts or itertools.repeat(None)))
         for part in parts:
             total.add_(part)
@@ -1447,8 +1374,7 @@ def output_error(h: torch.Tensor, targets: torch.Tensor, back: bool, head: HeadT
 def decoder_blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
     """Return the transformer blocks: the largest list of modules."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    sized = {sum(parameter.numel() for parameter in each.parameters()): each for each in reversed(lists)}
-    return sized[max(sized)] if sized else torch.nn.ModuleList()
+    return max(lists, key=lambda each: sum(p.numel() for p in each.parameters()), default=torch.nn.ModuleList())
 
 
 class Below(NamedTuple):
@@ -1472,7 +1398,6 @@ class Objective:
         self.model, self.workers, self.loss_fn = model, workers, loss_fn
         self.blocks, self.device = decoder_blocks(model), workers.device
         self.compute_dtype = None if compute_dtype == torch.float32 else compute_dtype
-        self.scale = 1 if self.device.type == "cpu" else TILE_SCALE_ACCELERATOR
         self.head = model.get_output_embeddings()
         self._beside = None  # a None for each thing that blocks return beside their output; None where they do not
         self.sliced = loss_fn is None and self._head_is_plain()
@@ -1491,8 +1416,8 @@ class Objective:
         head.forward = large
         try:
             with torch.no_grad(), self.quiet():
-                own = self._logits(probe)
-                hidden = getattr(base(input_ids=probe, use_cache=False), "last_hidden_state", None)
+                own = self._output(self.model, probe).logits
+                hidden = getattr(self._output(base, probe), "last_hidden_state", None)
                 fine = hidden is not None and hidden.shape[-1] == head.weight.shape[1]
                 return fine and torch.allclose(own.float(), head(hidden).float(), rtol=1e-3, atol=1e-2)
         finally:
@@ -1504,9 +1429,8 @@ class Objective:
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         reduced = self.compute_dtype not in (None, torch.float64)
-        dtype = self.compute_dtype if reduced else torch.bfloat16
         try:
-            with torch.autocast(self.device.type, dtype, enabled=reduced, cache_enabled=False):
+            with torch.autocast(self.device.type, self.compute_dtype, enabled=reduced, cache_enabled=False):
                 yield
         finally:
             for module in training:
@@ -1524,10 +1448,16 @@ class Objective:
         """Return what is lowered, float64 [G], from tokens' losses [G, R, T - 1], 0 where not counted: their mean."""
         return losses.sum((1, 2)) / counted.sum((1, 2))
 
+    def _output(self, module: torch.nn.Module, input_ids: torch.Tensor, below: Below | None = None):
+        """Return what the model, or its body, gives for sequences; what is known stands in for the first blocks."""
+        known = {} if below is None else {below.count - 1: lambda x, call: below.states}
+        left_out = {at: lambda x, call: x for at in range(max(known, default=0))}
+        with self.blocks_replaced(left_out | known):
+            return module(input_ids=input_ids, use_cache=False)
+
     def hidden(self, input_ids: torch.Tensor, below: Below | None = None) -> torch.Tensor:
         """Return the last hidden states, [N, T, n], from those of `below` on where they are known."""
-        with self._from(below):
-            return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self._output(self.model.base_model, input_ids, below).last_hidden_state
 
     def losses(
         self, input_ids: torch.Tensor, labels: torch.Tensor, below=None, groups: int = 1, batched: Batched | None = None
@@ -1538,15 +1468,15 @@ class Objective:
         """
         with torch.no_grad(), self.quiet():
             with batched.installed() if batched else contextlib.nullcontext():
-                h = self.hidden(input_ids, below) if self.sliced else self._logits(input_ids, below)
+                h = self.hidden(input_ids, below) if self.sliced else self._output(self.model, input_ids, below).logits
             h, targets = h[:, :-1].reshape(groups, -1, h.shape[-1]), labels[:, 1:].reshape(groups, -1)
             if self.loss_fn is not None:
                 return torch.stack([self._whole_loss(*pair).to(wide(self.device)) for pair in zip(h, targets)])
             if self.sliced:
                 h = h.to(self.compute_dtype or h.dtype)
                 with torch.autocast(self.device.type, enabled=False):
-                    head = batched.head_tiles(h) if batched else HeadTiles(self.head, groups, self.scale)
-                    normalizer, picked = log_normalizers(h, targets, head, self.workers)
+                    head = batched.head_tiles(h, targets) if batched else HeadTiles(self.head, h, targets)
+                    normalizer, picked = log_normalizers(head, self.workers)
                 losses = normalizer - picked
             else:
                 each = (self._whole_loss(*pair, reduction="none") for pair in zip(h, targets))
@@ -1554,19 +1484,14 @@ class Objective:
             counted, shape = targets != IGNORE_INDEX, (groups, -1, labels.shape[1] - 1)
             return self.reduced(torch.where(counted, losses, 0.0).view(shape), counted.view(shape))
 
-    def _logits(self, input_ids: torch.Tensor, below: Below | None = None) -> torch.Tensor:
-        with self._from(below):
-            return self.model(input_ids=input_ids, use_cache=False).logits
-
     def _whole_loss(self, logits: torch.Tensor, targets: torch.Tensor, **how) -> torch.Tensor:
         return (self.loss_fn or torch.nn.functional.cross_entropy)(full_precision(logits), targets, **how)
 
     def error(self, hidden: torch.Tensor, labels: torch.Tensor, back: bool) -> OutputError:
         """Return `output_error` at the last hidden states [R, T, d] of labels int64 [R, T]."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            h = hidden[:, :-1].flatten(0, 1)[None]
-            h, targets = h.to(self.compute_dtype or h.dtype), labels[:, 1:].reshape(1, -1)
-            return output_error(h, targets, back, HeadTiles(self.head, 1, self.scale), self.workers)
+            h, targets = hidden[:, :-1].reshape(1, -1, hidden.shape[-1]), labels[:, 1:].reshape(1, -1)
+            return output_error(HeadTiles(self.head, h.to(self.compute_dtype or h.dtype), targets), back, self.workers)
 
     def gradient(self, input_ids: torch.Tensor, labels: torch.Tensor, tensors: list[Tensor]) -> tuple[float, list]:
         """Return the mean loss of the batch and its true gradient, by backpropagation: one a tensor, of its shape, zero
@@ -1586,57 +1511,47 @@ class Objective:
                 total = sum(torch.utils.checkpoint.checkpoint(slice_loss, *piece, **how) for piece in pieces)
                 loss = total / (targets != IGNORE_INDEX).sum()
             else:
-                loss = self._whole_loss(self._logits(input_ids)[:, :-1].flatten(0, 1), targets)
+                loss = self._whole_loss(self._output(self.model, input_ids).logits[:, :-1].flatten(0, 1), targets)
             parameters = [tensor.parameter for tensor in tensors]
             return loss.item(), list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
 
     @contextlib.contextmanager
     def blocks_replaced(self, forwards: dict[int, Callable]) -> Iterator[None]:
-        """For the time of a pass, the output y of block `at` is forwards[at](x, call) for its input x [R, T, d], where
-        call(x) is the block itself.
-        """
-        blocks = self.blocks
-        before = {at: blocks[at].__dict__.get("forward") for at in forwards}
+        """For a pass, block `at` gives forwards[at](x, call) for its input x [R, T, d]; call(x) is the block itself."""
 
-        def stand_in(at: int, own: Callable, x: torch.Tensor, *args, **kwargs):
-            beside = [self._beside]
+        def stand_in(forward: Callable, own: Callable, x: torch.Tensor, *args, **kwargs):
+            beside = self._beside
 
             def call(value: torch.Tensor) -> torch.Tensor:
+                nonlocal beside
                 out = own(value, *args, **kwargs)
-                beside[0] = out[1:] if isinstance(out, (tuple, list)) else None
-                self._beside = None if beside[0] is None else [None] * len(beside[0])
-                return out if beside[0] is None else out[0]
+                beside = out[1:] if isinstance(out, (tuple, list)) else None
+                self._beside = None if beside is None else [None] * len(beside)
+                return out if beside is None else out[0]
 
-            y = forwards[at](x, call)
-            return y if beside[0] is None else (y, *beside[0])
+            y = forward(x, call)
+            return y if beside is None else (y, *beside)
 
+        before = {at: vars(self.blocks[at]).get("forward") for at in forwards}
         try:
-            for at in forwards:
-                blocks[at].forward = functools.partial(stand_in, at, blocks[at].forward)
+            for at, forward in forwards.items():
+                self.blocks[at].forward = functools.partial(stand_in, forward, self.blocks[at].forward)
             yield
         finally:
             for at, forward in before.items():
-                blocks[at].__dict__.pop("forward", None)
-                blocks[at].__dict__.update({} if forward is None else {"forward": forward})
-
-    def _from(self, below: Below | None) -> contextlib.AbstractContextManager:
-        """For the time of a pass, the first blocks are left out, and what is known takes the place of their output."""
-        if below is None:
-            return contextlib.nullcontext()
-        left_out = {at: lambda x, call: x for at in range(below.count - 1)}
-        return self.blocks_replaced(left_out | {below.count - 1: lambda x, call: below.states})
+                vars(self.blocks[at]).pop("forward", None)
+                vars(self.blocks[at]).update({} if forward is None else {"forward": forward})
 
     def below(self, input_ids: torch.Tensor, count: int) -> Below | None:
-        """Return what the first `count` blocks make of input_ids int64 [R, T], without a pass of the others; None for
-        no block.
-        """
+        """Return what the first `count` blocks make of input_ids int64 [R, T], alone; None where that is no block."""
+        if count == 0:
+            return None
         kept = []
         forwards = {at: lambda x, call: x for at in range(count, len(self.blocks))}
         forwards[count - 1] = lambda x, call: kept.append(call(x)) or kept[0]
-        with torch.no_grad(), self.quiet(), self.blocks_replaced(forwards if count else {}):
-            if count:
-                self.model.base_model(input_ids=input_ids, use_cache=False)
-        return Below(count, kept[0]) if count else None
+        with torch.no_grad(), self.quiet(), self.blocks_replaced(forwards):
+            self._output(self.model.base_model, input_ids)
+        return Below(count, kept[0])
 
     def fixed_blocks(self) -> int:
         """Return how many blocks come before all that is trained (requires_grad), so that every query gives them the
@@ -1653,27 +1568,23 @@ class Objective:
             return y
 
         with torch.enable_grad(), self.quiet(), self.blocks_replaced(dict.fromkeys(range(len(self.blocks)), see)):
-            whole = self._logits(ids).detach()
+            whole = self._output(self.model, ids).logits.detach()
         count = sum(itertools.takewhile(bool, fixed))
         if count == 0 or len(fixed) != len(self.blocks):  # some models run their blocks several times
             return 0
         with torch.no_grad(), self.quiet(), contextlib.suppress(LookupError, TypeError, ValueError, RuntimeError):
             states = self.below(ids, count).states
             for rows, most in (([0, 1], 0.0), ([0, 0, 1, 1], 1e-2)):  # as a query sees them, and several together
-                found = self._logits(ids[rows], Below(count, states[rows]))
+                found = self._output(self.model, ids[rows], Below(count, states[rows])).logits
                 if not (found - whole[rows]).abs().max() <= most * whole.abs().max():
                     return 0
             return count
         return 0
 
     def hidden_through(self, input_ids: torch.Tensor, bottom: Callable, top: Callable) -> torch.Tensor:
-        """Return the last hidden states of a pass in which bottom(h0) takes the place of the first block's input h0,
-        and top(h) that of the last block's output h.
-        """
-        last = len(self.blocks) - 1
-        above = top if last == 0 else lambda y: y
-        ends = {last: lambda x, call: top(call(x)), 0: lambda x, call: above(call(bottom(x)))}
-        with self.blocks_replaced(ends):
+        """Return the last hidden states, with bottom(x) for the first block's input x, top(y) for the last's output."""
+        first, last = {0: lambda x, call: call(bottom(x))}, {len(self.blocks) - 1: lambda x, call: top(call(x))}
+        with self.blocks_replaced(first), self.blocks_replaced(last):  # also where they are one block
             return self.hidden(input_ids)
 
 
@@ -1685,48 +1596,18 @@ class Objective:
 # and one line in DIRECTIONS.
 
 
-class Dense:
-    """z on one tensor, of independent entries with mean 0 and variance 1: E[z z^T] = I."""
-
-    def __init__(self, fill: Callable, tensor: Tensor, at: Coordinates):
-        self.fill, self.tensor, self.at = fill, tensor, at  # fill(out, *coordinates) fills a float32 tensor
-
-    def block(self, index: int, out: torch.Tensor) -> None:
-        """Write block `index`, [rows, columns], into out: float32 numbers in out's dtype."""
-        drawn = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-        self.fill(drawn, *self.at.of(self.tensor.index, index))
-        if drawn is not out:
-            out.copy_(drawn)
+# z of one query on one tensor: (index, out) -> None writes block `index`, [rows, columns], into out of any dtype
+Direction = Callable[[int, "torch.Tensor"], None]
 
 
 class Factored:
-    """z = A B^T on one tensor, from its factors A [rows, r] and B [columns, r], float32. It is multiplied without being
-    formed: x z^T is what `add_outer` adds, of `inner`.
-    """
+    """z = A B^T on one tensor, from A [rows, r] and B [columns, r], float32; multiplied without being formed."""
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor, tensor: Tensor):
         self.left, self.right, self.tensor = left, right, tensor
 
-    def block(self, index: int, out: torch.Tensor) -> None:
+    def __call__(self, index: int, out: torch.Tensor) -> None:
         torch.mm(self.left[self.tensor.span(index)].to(out.dtype), self.right.T.to(out.dtype), out=out)
-
-    def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return z[ids], of the shape of ids and the columns."""
-        return self.left[ids].to(dtype) @ self.right.T.to(dtype)
-
-    def inner(self, x: torch.Tensor, scale: float) -> torch.Tensor:
-        """Return what `add_outer` needs of x [S, columns], times scale: a row for each of x."""
-        return x @ self.right.to(x.dtype) * scale
-
-    def add_outer(self, inner: torch.Tensor, rows: slice, out: torch.Tensor) -> None:
-        """Add scale x z[rows]^T to out [S, rows]."""
-        out.addmm_(inner, self.left[rows].T.to(out.dtype))
-
-    @staticmethod
-    def sum(zs: list[Factored], values: list[float]) -> Factored:
-        """Return sum_i values[i] zs[i], of rank q r."""
-        left = torch.cat([z.left * value for z, value in zip(zs, values)], 1)
-        return Factored(left, torch.cat([z.right for z in zs], 1), zs[0].tensor)
 
 
 class KroneckerProduct:
@@ -1738,22 +1619,11 @@ class KroneckerProduct:
     def __init__(self, left: torch.Tensor, right: torch.Tensor, tensor: Tensor):
         self.left, self.right, self.tensor = left, right, tensor
 
-    def block(self, index: int, out: torch.Tensor) -> None:
+    def __call__(self, index: int, out: torch.Tensor) -> None:
         span, period = self.tensor.span(index), len(self.right)
         rows = torch.arange(span.start, span.stop, device=out.device)
         left, right = self.left[rows // period].to(out.dtype), self.right[rows % period].to(out.dtype)
         torch.mul(left[:, :, None], right[:, None, :], out=out.view(len(out), left.shape[1], right.shape[1]))
-
-
-class Bent:
-    """along g + across z on one tensor."""
-
-    def __init__(self, base: Dense | Factored, guide: torch.Tensor, along: float, across: float):
-        self.base, self.guide, self.along, self.across = base, guide, along, across
-
-    def block(self, index: int, out: torch.Tensor) -> None:
-        self.base.block(index, out)
-        out.mul_(self.across).add_(self.guide[self.base.tensor.span(index)], alpha=self.along)
 
 
 class Gaussian:
@@ -1786,9 +1656,16 @@ class Gaussian:
         """Return whether directions of this tensor are Factored: multiplied without being formed."""
         return False
 
-    def direction(self, tensor: Tensor, at: Coordinates) -> Dense | Factored:
+    def direction(self, tensor: Tensor, at: Coordinates) -> Direction:
         """Return the direction of one query on one tensor."""
-        return Dense(self.fill, tensor, at)
+
+        def write(index: int, out: torch.Tensor) -> None:
+            drawn = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+            self.fill(drawn, *at.of(tensor.index, index))
+            if drawn is not out:
+                out.copy_(drawn)
+
+        return write
 
     def square(self, tensor: Tensor) -> float:
         """Return E||z||^2 on a tensor."""
@@ -1797,10 +1674,8 @@ class Gaussian:
     def about(self, q: int, dimension: int) -> str:
         """Return what a budget of q queries buys in d dimensions (Nesterov and Spokoiny 2017; E||g||^2 = (d+q+1)/q)."""
         share = q / (dimension + q + 1)
-        expected = (
-            f"expected cosine to the true gradient {math.sqrt(share):.1e}, stable step {share:.1e} of first order's"
-        )
-        return f"theory: for d = {short(dimension)} and q = {q}, {expected}"
+        cosine, stable = f"expected cosine to the true gradient {math.sqrt(share):.1e}", f"stable step {share:.1e}"
+        return f"theory: for d = {short(dimension)} and q = {q}, {cosine}, {stable} of first order's"
 
     def stable_rate(self, q: int, dimension: int) -> float:
         """Return about the largest stable rate of sgd: 1.0 is about that of first order on these models."""
@@ -1838,14 +1713,13 @@ class LowRank(Gaussian):
     def factored(self, tensor: Tensor) -> bool:
         return tensor.parameter.ndim == 2
 
-    def direction(self, tensor: Tensor, at: Coordinates) -> Dense | Factored:
+    def direction(self, tensor: Tensor, at: Coordinates) -> Direction:
         if not self.factored(tensor):
             return super().direction(tensor, at)
-        device, split = tensor.parameter.device, tensor.rows * self.rank
-        out = torch.empty(split + tensor.columns * self.rank, dtype=torch.float32, device=device)
-        drawn = normals(out, *at.of(tensor.index))
-        left = drawn[:split].view(tensor.rows, self.rank).mul_(self.rank**-0.5)
-        return Factored(left, drawn[split:].view(tensor.columns, self.rank), tensor)
+        sizes, device = [tensor.rows, tensor.columns], tensor.parameter.device
+        drawn = torch.empty(sum(sizes), self.rank, dtype=torch.float32, device=device)
+        left, right = normals(drawn, *at.of(tensor.index)).split(sizes)
+        return Factored(left.mul_(self.rank**-0.5), right, tensor)
 
 
 class Kronecker(Gaussian):
@@ -1854,14 +1728,11 @@ class Kronecker(Gaussian):
 
     Of a matrix m x n, n1 n2 = n with n1 and n2 as near to each other as n's divisors allow; m1 m2 >= m, rows beyond m
     left out, with the shapes of A and B as near to that of the matrix as a full rank allows: rank A rank B = min(m, n).
-
-    For a gradient G on one matrix E||<G, z> z||^2 = (m1 n1 + 2) (m2 n2 + 2) ||G||^2 where no row is left out, or d + 4
-    sqrt(d) + 4 where both factors have sqrt(d) entries; gaussian has d + 2, low rank of rank 1 (m + 2) (n + 2).
     """
 
     largest = LowRank.largest
 
-    def direction(self, tensor: Tensor, at: Coordinates) -> Dense | KroneckerProduct:
+    def direction(self, tensor: Tensor, at: Coordinates) -> Direction:
         if tensor.parameter.ndim != 2:
             return super().direction(tensor, at)
         m, n, device = tensor.rows, tensor.columns, tensor.parameter.device
@@ -1876,12 +1747,11 @@ class Kronecker(Gaussian):
 
 
 class Aligned(Gaussian):
-    """Directions that live where the layers' inputs live (preconditioned: E[z z^T] is not I).
+    """Directions that live where the layers' inputs live, as the rows of a gradient sum_t delta_t x_t^T do.
 
-    The gradient of y = x W^T is sum_t delta_t x_t^T: its rows lie in the span of the inputs, which any forward pass
-    shows. On a matrix with a basis Q [columns, k] (orthonormal, the leading directions of its inputs) z = D A Q^T with
-    A [rows, k] standard normal and D = diag(row_scale) where rows have one (tokens of an embedding), else 1, so
-    E[z z^T] = D^2 (x) Q Q^T: steepest descent in a subspace of rows * k dimensions, under that metric (its gain is left
+    On a matrix with a basis Q [columns, k] (orthonormal, the leading directions of its inputs) z = D A Q^T with A
+    [rows, k] standard normal and D = diag(row_scale) where rows have one (tokens of an embedding), else 1, so E[z z^T]
+    = D^2 (x) Q Q^T, not I: steepest descent in a subspace of rows * k dimensions, under that metric (its gain is left
     at 1). What has no basis is Gaussian.
     """
 
@@ -1906,33 +1776,33 @@ class Aligned(Gaussian):
         rows are about as large as their tokens are frequent.
         """
         if head is not None:
-            scale = torch.tensor((frequencies + 1.0) ** 0.25, dtype=torch.float32, device=head.parameter.device)
-            if len(scale) < head.rows:  # a vocabulary that is padded
-                scale = torch.nn.functional.pad(scale, (0, head.rows - len(scale)), value=1.0)
+            scale = np.ones(head.rows)  # the vocabulary may be padded
+            scale[: len(frequencies)] = (frequencies + 1.0) ** 0.25
+            scale = torch.tensor(scale, dtype=torch.float32, device=head.parameter.device)
             self.row_scale = {head.index: scale / scale.square().mean().sqrt()}
 
     def look(self, objective: Objective, tensors: list[Tensor], input_ids: torch.Tensor, seed: int) -> Aligned:
         index, bases = {id(tensor.parameter): tensor.index for tensor in tensors}, {}
 
-        def see(module: torch.nn.Linear, x: torch.Tensor) -> None:
+        def see(module: torch.nn.Linear, given: tuple[torch.Tensor]) -> None:
             with torch.autocast(objective.device.type, enabled=False):
-                at = index[id(module.weight)]
-                bases[at] = leading_directions(x.reshape(-1, x.shape[-1]).float(), self.rank, seed, at)
+                at, x = index[id(module.weight)], given[0].reshape(-1, module.in_features).float()
+                bases[at] = leading_directions(x, self.rank, seed, at)
 
         modules = [m for m in objective.model.modules() if isinstance(m, torch.nn.Linear) and id(m.weight) in index]
         with torch.no_grad(), objective.quiet(), contextlib.ExitStack() as hooks:
             for module in modules:
                 if module is not objective.head:
-                    hooks.enter_context(module.register_forward_pre_hook(lambda module, given: see(module, given[0])))
+                    hooks.enter_context(module.register_forward_pre_hook(see))
             h = objective.hidden(input_ids)[:, :-1]
         if objective.head in modules:  # a tied embedding is seen as the output layer that it also is
-            see(objective.head, h)
+            see(objective.head, (h,))
         return Aligned(self.rank, bases, self.row_scale)
 
     def factored(self, tensor: Tensor) -> bool:
         return tensor.index in self.bases
 
-    def direction(self, tensor: Tensor, at: Coordinates) -> Dense | Factored:
+    def direction(self, tensor: Tensor, at: Coordinates) -> Direction:
         if not self.factored(tensor):
             return super().direction(tensor, at)
         basis = self.bases[tensor.index]
@@ -1942,9 +1812,7 @@ class Aligned(Gaussian):
         return Factored(left, basis, tensor)
 
     def square(self, tensor: Tensor) -> float:
-        return (
-            float(tensor.rows * self.bases[tensor.index].shape[1]) if self.factored(tensor) else super().square(tensor)
-        )
+        return float(tensor.rows * (self.bases[tensor.index].shape[1] if self.factored(tensor) else tensor.columns))
 
     def about(self, q: int, dimension: int) -> str:
         return f"directions: {self.rank} of every matrix' input directions, from each step's batch"
@@ -1957,8 +1825,7 @@ def leading_directions(x: torch.Tensor, rank: int, seed: int, index: int) -> tor
     """Return an orthonormal basis [n, rank] of the leading directions of the rows of x [tokens, n], float32, by
     subspace iteration from a seeded start (Halko, Martinsson and Tropp 2011).
     """
-    start = x.new_empty(x.shape[1], min(x.shape[1], rank + 4))
-    basis = normals(start, seed, PURPOSE_BASIS, index)
+    basis = normals(x.new_empty(x.shape[1], min(x.shape[1], rank + 4)), seed, PURPOSE_BASIS, index)
     for _ in range(3):
         basis = torch.linalg.qr(x.T @ (x @ basis)).Q
     inside = torch.linalg.svd(x @ basis, full_matrices=False).Vh
@@ -1974,32 +1841,32 @@ DIRECTIONS: dict[str, type[Gaussian]] = {
 }
 
 
-class Guided:
+class Guided(Gaussian):
     """A family bent towards a gradient seen before (guided evolutionary strategies, Maheswaranathan et al. 2019).
 
     rho sqrt(d) g + sqrt(1 - rho^2) z for the unit vector g of `guide` (by tensor index, matrices [rows, columns]) and
-    d = E||z||^2, which is kept: cosine rho with g (to 1/sqrt(d)). Where z is isotropic, E[z z^T] becomes
-    (1 - rho^2) I + rho^2 d g g^T, whose largest eigenvalue is the gain: along the guide the estimate is the gradient's
-    own component, across it, less.
+    d = E||z||^2, which is kept: cosine rho with g (to 1/sqrt(d)). Of an isotropic z E[z z^T] = (1 - rho^2) I + rho^2 d
+    g g^T, its largest eigenvalue the gain: along g the estimate is the gradient's own component, across it, less.
     """
 
     def __init__(self, base: Gaussian, tensors: list[Tensor], guide: dict[int, torch.Tensor], cosine: float):
         self.base, self.guide = base, guide
         length = cosine * math.sqrt(sum(base.square(tensor) for tensor in tensors))  # of the part along the guide
-        sizes = [
-            torch.linalg.vector_norm(g, order, dtype=wide(g.device)) for g in guide.values() for order in (2, math.inf)
-        ]
+        sizes = [torch.linalg.vector_norm(g, p, dtype=wide(g.device)) for g in guide.values() for p in (2, math.inf)]
         norms, largest = torch.stack(sizes).view(-1, 2).T.cpu().tolist()  # fetched from the device once
         self.norms = dict(zip(guide, norms))
         self.along, self.across = length / math.hypot(*norms), math.sqrt(1 - cosine**2)
         self.gain = max(1.0, length**2 + self.across**2)
         self.largest = self.across * base.largest + self.along * max(largest)
 
-    def factored(self, tensor: Tensor) -> bool:  # the guide is dense
-        return False
+    def direction(self, tensor: Tensor, at: Coordinates) -> Direction:
+        base, guide = self.base.direction(tensor, at), self.guide[tensor.index]
 
-    def direction(self, tensor: Tensor, at: Coordinates) -> Bent:
-        return Bent(self.base.direction(tensor, at), self.guide[tensor.index], self.along, self.across)
+        def write(index: int, out: torch.Tensor) -> None:
+            base(index, out)
+            out.mul_(self.across).add_(guide[tensor.span(index)], alpha=self.along)
+
+        return write
 
     def square(self, tensor: Tensor) -> float:
         return self.across**2 * self.base.square(tensor) + (self.along * self.norms[tensor.index]) ** 2
@@ -2018,7 +1885,7 @@ class CannotBatch(RuntimeError):
 class Queries:
     """The queries of a step: q directions at (seed, step), each measured at theta + epsilon z and theta - epsilon z."""
 
-    family: Gaussian | Guided
+    family: Gaussian
     seed: int
     step: int
     q: int
@@ -2028,16 +1895,14 @@ class Queries:
         """Return the coordinates of a query."""
         return Coordinates(self.seed, self.step, query)
 
-    def directions(self, query: int, tensors: list[Tensor]) -> dict[int, Dense | Factored | Bent]:
+    def directions(self, query: int, tensors: list[Tensor]) -> dict[int, Direction]:
         """Return the direction of one query, one part a tensor."""
         return {tensor.index: self.family.direction(tensor, self.at(query)) for tensor in tensors}
 
 
-def largest_values(units: list[tuple[Tensor, int]], workers: Workers) -> list[float]:
-    """Return the largest |theta| in each block, fetched from the device once; raises FloatingPointError, which names
-    the tensor, where one is not finite.
-    """
-    device = units[0][0].parameter.device
+def largest_values(tensors: list[Tensor], workers: Workers) -> dict[tuple[Tensor, int], float]:
+    """Return each block's largest |theta|, fetched once; raises FloatingPointError, which names what is not finite."""
+    units, device = [(tensor, block) for tensor in tensors for block in tensor.blocks], workers.device
     largest = torch.empty(len(units), dtype=wide(device), device=device)
 
     def measure(item: tuple[int, tuple[Tensor, int]]) -> None:
@@ -2046,22 +1911,21 @@ def largest_values(units: list[tuple[Tensor, int]], workers: Workers) -> list[fl
         largest[at] = torch.maximum(-lowest, highest)
 
     workers.each(measure, enumerate(units))
-    values = largest.cpu().tolist()
-    for (tensor, _), value in zip(units, values):
+    found = dict(zip(units, largest.cpu().tolist()))
+    for (tensor, _), value in found.items():
         if not math.isfinite(value):
             raise FloatingPointError(f"{tensor.name} holds a value that is not finite")
-    return values
+    return found
 
 
 class Grid:
     """The weights on a grid where theta + epsilon z - 2 epsilon z + epsilon z returns to theta bit for bit.
 
-    Float addition loses the low bits of the smaller summand, and a weight perturbed and restored drifts. On a common
-    grid, sums are exact: per block the spacing is the last bit of the largest value that can occur in it, in float32
-    2^ceil(log2(max|theta| + margin)) * 2^-24, so the block's largest weights lose nothing and the others are as precise
-    as those. Making a grid rounds the weights to it: by half a spacing at most the first time, by nothing the next,
-    until an update. `margin` is the power of two that holds the largest epsilon |z|. An update below half a spacing
-    (4e-9 where weights stay below 0.12 and epsilon is 1e-3) is lost, as it is in float32 for the largest weights.
+    Float addition loses the low bits of the smaller summand. On a common grid sums are exact: a block's spacing is the
+    last bit of the largest value that can occur in it, in float32 2^ceil(log2(max|theta| + margin)) * 2^-24, `margin`
+    the power of two that holds the largest epsilon |z|. Making a grid rounds the weights to it: by half a spacing at
+    most the first time, by nothing the next, until an update. An update below half a spacing (4e-9 where weights stay
+    below 0.12 and epsilon is 1e-3) is lost, as it is in float32 for the largest weights.
 
     Raises FloatingPointError, which names the tensor, where one is not finite, and ValueError for bfloat16.
     """
@@ -2069,20 +1933,17 @@ class Grid:
     def __init__(self, tensors: list[Tensor], epsilon: float, largest_z: float, workers: Workers):
         if odd := next((tensor for tensor in tensors if tensor.parameter.dtype == torch.bfloat16), None):
             raise ValueError(f"{odd.name} is bfloat16: what is perturbed in place must be float32 (or float64)")
-        self.tensors, self.epsilon, self.workers = tensors, epsilon, workers
-        self.margin = 2.0 ** math.ceil(math.log2(epsilon * largest_z))
-        self.units = [(tensor, block) for tensor in tensors for block in tensor.blocks]
-        self.position = {(tensor.index, block): 0 for tensor, block in self.units}  # in units of epsilon z
-        largest = largest_values(self.units, workers)
-        self.spacing = {(t.index, block): self._spacing(t, size) for (t, block), size in zip(self.units, largest)}
-        workers.each(self._round, self.units)
-
-    def _spacing(self, tensor: Tensor, largest: float) -> float:
-        return 2.0 ** math.ceil(math.log2(largest + self.margin)) * torch.finfo(tensor.dtype).eps / 2
+        self.tensors, self.epsilon, self.workers, self.spacing = tensors, epsilon, workers, {}
+        margin = 2.0 ** math.ceil(math.log2(epsilon * largest_z))
+        for (tensor, block), largest in largest_values(tensors, workers).items():
+            above = 2.0 ** math.ceil(math.log2(largest + margin))
+            self.spacing[tensor, block] = above * torch.finfo(tensor.dtype).eps / 2
+        self.position = dict.fromkeys(self.spacing, 0)  # of each block, in units of epsilon z
+        workers.each(self._round, self.spacing)
 
     def _round(self, unit: tuple[Tensor, int]) -> None:
         tensor, block = unit
-        theta, spacing = tensor.matrix[tensor.span(block)], self.spacing[tensor.index, block]
+        theta, spacing = tensor.matrix[tensor.span(block)], self.spacing[unit]
         scratch = self.workers.scratch("z", theta.shape, theta.dtype)
         torch.mul(theta, 1 / spacing, out=scratch)
         torch.mul(scratch.round_(), spacing, out=theta).add_(0.0)  # no -0.0, which sums don't return to
@@ -2090,71 +1951,56 @@ class Grid:
     def move(self, directions: dict, position: int) -> None:
         """Take every block in place to theta + position epsilon z (1, -1, 0), from wherever it is.
 
-        z is regenerated a block at a time. Where a block fails, the others are moved, and each block's position is
-        kept.
+        z is regenerated a block at a time. Where a block fails, the others are moved, and each one's place is known.
         """
 
         def work(unit: tuple[Tensor, int]) -> None:
-            tensor, block = unit
-            key = tensor.index, block
-            times = position - self.position[key]
-            if times:
-                spacing = self.spacing[key]
+            (tensor, block), spacing = unit, self.spacing[unit]
+            if times := position - self.position[unit]:
                 z = draw(directions[tensor.index], tensor, block, self.workers).mul_(self.epsilon / spacing).round_()
                 tensor.matrix[tensor.span(block)].add_(z, alpha=times * spacing)
-                self.position[key] = position
+                self.position[unit] = position
 
-        self.workers.each(work, self.units)
+        self.workers.each(work, self.spacing)
 
 
-def draw(direction, tensor: Tensor, block: int, workers: Workers) -> torch.Tensor:
+def draw(direction: Direction, tensor: Tensor, block: int, workers: Workers) -> torch.Tensor:
     """Return one block of a direction, in this worker's scratch and the tensor's dtype."""
-    span = tensor.span(block)
-    z = workers.scratch("z", (span.stop - span.start, tensor.columns), tensor.dtype)
-    direction.block(block, z)
+    z = workers.scratch("z", tensor.matrix[tensor.span(block)].shape, tensor.dtype)
+    direction(block, z)
     return z
 
 
 Batch = Callable[[int], tuple]  # query -> (input_ids, labels, below): int64 [R, T] twice, and a Below or None
 
 
-def query_batch(
-    input_ids: torch.Tensor, labels: torch.Tensor, q: int, query_data: str, below: Callable = lambda ids: None
-) -> Batch:
+def query_batch(ids: torch.Tensor, labels: torch.Tensor, q: int, query_data: str, below=lambda ids: None) -> Batch:
     """Return what each query sees of a step's batch: all of it (shared), or its own q-th of the rows (distinct), and
-    what below(ids) gives of that, when it is asked for.
+    what below(ids) gives of that, when it is asked for: before a query or group of them is measured.
     """
-    share = len(input_ids) if query_data == "shared" else len(input_ids) // q
-    parts = list(zip(input_ids.split(share), labels.split(share)))
+    share = len(ids) if query_data == "shared" else len(ids) // q
+    parts = list(zip(ids.split(share), labels.split(share)))
 
     def seen(query: int) -> tuple:
-        ids, own = parts[query % len(parts)]
-        return ids, own, below(ids)
+        own = parts[query % len(parts)]
+        return *own, below(own[0])
 
     return seen
 
 
-def never() -> None:
-    """Heed nothing between two queries."""
-
-
-def sequential_losses(
-    objective: Objective, grid: Grid, batch: Batch, queries: Queries, chosen: Sequence[int], heed: Callable = never
-) -> np.ndarray:
-    """Return losses at theta + epsilon z_i and theta - epsilon z_i for the chosen queries, float64 [len(chosen), 2].
+def sequential_losses(loss: Callable, grid: Grid, batch: Batch, queries: Queries, chosen: Sequence[int]) -> np.ndarray:
+    """Return loss(*batch(i)) at theta + epsilon z_i and theta - epsilon z_i for chosen queries, float64 [chosen, 2].
 
     In place, as in MeZO (Malladi et al. 2023, Algorithm 1): the extra memory is one block a worker. Works for any
     module. The weights are on a grid and come back bit for bit, also when a forward pass fails.
     """
     losses = []
     for query in chosen:
-        heed()
-        directions = queries.directions(query, grid.tensors)
-        seen = batch(query)
+        seen, directions = batch(query), queries.directions(query, grid.tensors)
         try:
             for sign in (1, -1):
                 grid.move(directions, sign)
-                losses.append(objective.losses(*seen))
+                losses.append(loss(*seen))
         finally:
             grid.move(directions, 0)
     return torch.stack(losses).view(-1, 2).cpu().double().numpy()  # fetched from the device once
@@ -2173,29 +2019,12 @@ def untouchable_tensor() -> type:
     return Untouchable
 
 
-class DenseHead(HeadTiles):
-    """The output layer at W +- epsilon z_i: z is drawn once a block, for both signs; a slab belongs to one query."""
-
-    def __init__(self, batched: Batched, head: torch.nn.Linear, scale: int, bias: torch.Tensor | None):
-        super().__init__(head, 2 * batched.count, scale, bias)
-        self.batched, self.tensor = batched, batched.owned[id(head.weight)]
-        self.block_count = max(1, SLAB_VOCABULARY * scale // self.tensor.block_rows)
-        starts = range(0, len(self.tensor.blocks), self.block_count)
-        self.slabs = [(i, query, block) for query in range(batched.count) for i, block in enumerate(starts)]
-        self.slab_count = len(starts)
-
-    def weights(self, slab: tuple[int, int, int]) -> Iterator:
-        _, query, first = slab
-        for block in self.tensor.blocks[first : first + self.block_count]:
-            pair = self.batched.block_pair(query, self.tensor, block)
-            yield self.tensor.span(block), [(2 * query + sign, weight) for sign, weight in enumerate(pair)]
-
-
-class Perturbed:
-    """The modules of a pass of [queries, 2 signs, rows] sequences, each group of rows at its own theta +- epsilon z_i.
+class Batched:
+    """One forward pass of [queries, 2 signs, rows] sequences, each group of rows at its own theta +- epsilon z_i: while
+    `installed`, every module that owns trainable parameters is replaced. The weights are not written.
 
     Linear layers and embeddings take a block of z at a time (drawn once for both signs) or low-rank factors, any other
-    module `torch.func.functional_call`, group by group. The weights are not written.
+    module `torch.func.functional_call`, group by group. What can't be followed raises CannotBatch.
     """
 
     def __init__(self, objective: Objective, tensors: list[Tensor], queries: Queries, chosen, rows: int, tokens: int):
@@ -2206,6 +2035,7 @@ class Perturbed:
         self.owned = {id(tensor.parameter): tensor for tensor in tensors}
         self.directions = [queries.directions(query, tensors) for query in chosen]
         self.plus_minus = torch.tensor([1.0, -1.0], device=objective.device)
+        self.called, self.untouchable = set(), untouchable_tensor()  # ids of modules that were called
 
     def block_pair(self, query: int, tensor: Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return W + epsilon z and W - epsilon z of one block, [rows, columns] each, in this worker's scratch."""
@@ -2248,17 +2078,17 @@ class Perturbed:
             y = y.add_(self.bias(module.bias, x.dtype))
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def inner(self, query: int, sign: int, tensor: Tensor, x: torch.Tensor) -> tuple[Factored, torch.Tensor]:
-        """Return a query's direction on a tensor, and its `inner` of x [S, columns] times +-epsilon."""
-        direction = self.directions[query][tensor.index]
-        return direction, direction.inner(x, -self.epsilon if sign else self.epsilon)
+    def factors(self, query: int, sign: int, tensor: Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return P [S, r] and A [rows, r] such that P A^T = +-epsilon x z^T of one query, for x [S, columns]."""
+        z = self.directions[query][tensor.index]
+        return x @ z.right.to(x.dtype) * (-self.epsilon if sign else self.epsilon), z.left
 
     def _factored_linear(self, tensor: Tensor, x: torch.Tensor) -> torch.Tensor:
         y = torch.nn.functional.linear(x, tensor.matrix.to(x.dtype))
 
         def work(group: tuple[int, int]) -> None:
-            direction, inner = self.inner(*group, tensor, x[group])
-            direction.add_outer(inner, slice(0, tensor.rows), y[group])
+            inner, left = self.factors(*group, tensor, x[group])
+            y[group].addmm_(inner, left.T.to(y.dtype))
 
         self.workers.each(work, itertools.product(range(self.count), (0, 1)))
         return y
@@ -2281,9 +2111,9 @@ class Perturbed:
             ids = ids.expand(self.of_batch[0], *ids.shape[1:])
         flat = self.grouped(ids[..., None])[..., 0]
         if self.family.factored(tensor):
-            weight, pairs = module.weight.detach(), zip(self.directions, flat)
-            out = torch.stack([own[tensor.index].rows(rows, tensor.dtype) for own, rows in pairs])
-            out = out.mul_(self.epsilon * self.plus_minus.to(out.dtype).view(1, 2, 1, 1)).add_(weight[flat])
+            zs, dtype = [own[tensor.index] for own in self.directions], tensor.dtype
+            out = torch.stack([z.left[rows].to(dtype) @ z.right.T.to(dtype) for z, rows in zip(zs, flat)])
+            out = out.mul_(self.epsilon * self.plus_minus.to(out.dtype).view(1, 2, 1, 1)).add_(tensor.matrix[flat])
         else:
             out = self._dense_embedding(tensor, flat)
         return out.view(*ids.shape, tensor.columns)
@@ -2329,43 +2159,32 @@ class Perturbed:
                 outputs.append(out.expand(self.of_group[0], *out.shape[1:]) if out.shape[0] == 1 else out)
         return torch.cat(outputs)
 
-
-class Batched(Perturbed):
-    """One forward pass through theta +- epsilon z_i: while `installed`, every module that owns trainable parameters is
-    replaced. What can't be followed raises CannotBatch, and the caller evaluates in place instead.
-    """
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.called: set[int] = set()
-        self.hidden: dict[int, dict[str, torch.nn.Parameter]] = {}  # of each replaced module, by its id
-        self.untouchable = untouchable_tensor()
-
-    def _forward_of(self, module: torch.nn.Module) -> Callable:
-        """Return the method that stands in for this module's forward."""
+    @contextlib.contextmanager
+    def _replaced(self, module: torch.nn.Module) -> Iterator[None]:
+        """Put a stand-in before a module; whoever reaches past it for its parameters is told so."""
         plain = {torch.nn.Linear.forward: self.linear, torch.nn.Embedding.forward: self.embedding}
-        renormed = getattr(module, "max_norm", None)
-        method = self.generic if renormed else plain.get(type(module).forward, self.generic)
+        method = plain.get(None if getattr(module, "max_norm", None) else type(module).forward, self.generic)
+        forward, own = module.forward, {name: p for name, p in module._parameters.items() if id(p) in self.owned}
+        hidden = {name: p.detach().as_subclass(self.untouchable) for name, p in own.items()}
+
+        def put(function: Callable, parameters: dict[str, torch.Tensor]) -> None:
+            module.forward = function
+            module._parameters.update(parameters)
 
         def stand_in(*args, **kwargs):
             self.called.add(id(module))
-            self._show(module)  # functional_call must reach the module's own forward and parameters
+            put(forward, own)  # functional_call must reach them
             try:
                 return method(module, *args, **kwargs)
             finally:
-                self._hide(module, stand_in)
+                put(stand_in, hidden)
 
-        return stand_in
-
-    def _hide(self, module: torch.nn.Module, forward: Callable) -> None:
-        """Put a stand-in before the module; whoever reaches past it for its parameters is told so."""
-        module.forward = forward
-        own = self.hidden[id(module)] = {n: p for n, p in module._parameters.items() if id(p) in self.owned}
-        module._parameters.update({n: p.detach().as_subclass(self.untouchable) for n, p in own.items()})
-
-    def _show(self, module: torch.nn.Module) -> None:
-        module.__dict__.pop("forward", None)
-        module._parameters.update(self.hidden.pop(id(module), {}))
+        put(stand_in, hidden)
+        try:
+            yield
+        finally:
+            put(forward, own)
+            del module.forward
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -2374,80 +2193,78 @@ class Batched(Perturbed):
         owners = [m for m in modules if any(id(p) in self.owned for p in m.parameters(recurse=False))]
         if hooked := {type(module).__name__ for module in owners if "forward" in module.__dict__}:
             raise CannotBatch(f"{', '.join(sorted(hooked))}: its forward is replaced already")
-        try:
+        with contextlib.ExitStack() as stack:
             for module in owners:
-                self._hide(module, self._forward_of(module))
+                stack.enter_context(self._replaced(module))
             yield
-        finally:
-            for module in owners:
-                self._show(module)
         head = self.objective.head if self.objective.sliced else None
         if missed := {type(m).__name__ for m in owners if id(m) not in self.called and m is not head}:
             raise CannotBatch(f"{', '.join(sorted(missed))}: its parameters are used without calling it")
 
-    def head_tiles(self, h: torch.Tensor) -> HeadTiles:
-        """Return how the output layer is cut for these groups; h [2 queries, S, n]."""
-        head, scale = self.objective.head, self.objective.scale
+    def head_tiles(self, h: torch.Tensor, targets: torch.Tensor) -> HeadTiles:
+        """Return the logits of these groups, h [2 queries, S, n], targets int64 [2 queries, S]."""
+        head = self.objective.head
         tensor = self.owned.get(id(head.weight))
-        bias = None if head.bias is None else self.bias(head.bias, h.dtype).reshape(-1, head.bias.shape[0])
-        if tensor is None:
-            return HeadTiles(head, len(h), scale, bias)
-        if not self.family.factored(tensor):
-            return DenseHead(self, head, scale, bias)
-        return HeadTiles(head, len(h), scale, bias, [self.inner(*divmod(g, 2), tensor, x) for g, x in enumerate(h)])
+        bias = None if head.bias is None else self.bias(head.bias, h.dtype).reshape(-1, len(head.bias))
+        tiles = HeadTiles(head, h, targets, bias)
+
+        def slab(query: int, blocks: range) -> Iterator[tuple[slice, torch.Tensor, Sequence[int]]]:
+            for block in blocks:
+                for sign, weight in enumerate(self.block_pair(query, tensor, block)):
+                    yield tensor.span(block), weight, [2 * query + sign]
+
+        if tensor is not None and self.family.factored(tensor):
+            tiles.factors = [self.factors(*divmod(group, 2), tensor, x) for group, x in enumerate(h)]
+        elif tensor is not None:
+            many = max(1, SLAB_VOCABULARY * tiles.scale // tensor.block_rows)
+            parts = list(enumerate(tensor.blocks[lo : lo + many] for lo in range(0, len(tensor.blocks), many)))
+            tiles.slabs = [(i, functools.partial(slab, query, own)) for query in range(self.count) for i, own in parts]
+        return tiles
 
 
-def batched_losses(
-    objective: Objective, tensors: list[Tensor], batch: Batch, queries: Queries, chosen, group: int, heed=never
-) -> np.ndarray:
-    """Return what `sequential_losses` returns, `group` queries a forward pass; raises CannotBatch if it can't be."""
-    losses = []
-    for lo in range(0, len(chosen), group):
-        heed()
-        part = chosen[lo : lo + group]
-        ids, labels, below = zip(*(batch(query) for query in part))
-        rows, tokens = ids[0].shape
-        if 2 * len(part) * rows == tokens:  # modules tell rows from tokens by their numbers
-            if len(part) > 1:
-                losses.append(batched_losses(objective, tensors, batch, queries, part, len(part) - 1))
-                continue
-            most = getattr(objective.model.config, "max_position_embeddings", None) or math.inf
-            if objective.loss_fn is not None or tokens >= most:
-                raise CannotBatch("a query has as many rows as tokens")
-            tokens += 1  # one more, which nothing that counts sees
-            ids, labels = (
-                [torch.nn.functional.pad(x, (0, 1), value=v) for x in xs] for xs, v in ((ids, 0), (labels, -100))
-            )
-            below = [own and Below(own.count, torch.nn.functional.pad(own.states, (0, 0, 0, 1))) for own in below]
-        twice = [torch.cat([own for own in each for _ in (1, -1)]) for each in (ids, labels)]
-        first = below[0]
-        known = first and Below(first.count, torch.cat([own.states for own in below for _ in (1, -1)]))
-        batched = Batched(objective, tensors, queries, part, rows, tokens)
-        losses.append(objective.losses(*twice, known, 2 * len(part), batched).view(-1, 2).cpu().numpy())
-    return np.concatenate(losses)
+def batched_losses(objective: Objective, tensors, batch: Batch, queries: Queries, chosen: Sequence[int]) -> np.ndarray:
+    """Return what `sequential_losses` returns, by one forward pass; raises CannotBatch if it can't be."""
+    ids, labels, below = zip(*(batch(query) for query in chosen))
+    (rows, tokens), pad = ids[0].shape, torch.nn.functional.pad
+    ambiguous = 2 * len(chosen) * rows == tokens  # modules tell rows from tokens by their numbers
+    if ambiguous and len(chosen) > 1:
+        parts = chosen[:-1], chosen[-1:]
+        return np.concatenate([batched_losses(objective, tensors, batch, queries, part) for part in parts])
+    ids, labels = (torch.cat([own for own in each for _ in (1, -1)]) for each in (ids, labels))
+    known = below[0] and below[0]._replace(states=torch.cat([own.states for own in below for _ in (1, -1)]))
+    if ambiguous:
+        most = getattr(objective.model.config, "max_position_embeddings", None) or math.inf
+        if objective.loss_fn is not None or tokens >= most:
+            raise CannotBatch("a query has as many rows as tokens")
+        tokens += 1  # one more, which nothing that counts sees
+        ids, labels = pad(ids, (0, 1)), pad(labels, (0, 1), value=IGNORE_INDEX)
+        known = known and known._replace(states=pad(known.states, (0, 0, 0, 1)))
+    batched = Batched(objective, tensors, queries, chosen, rows, tokens)
+    return objective.losses(ids, labels, known, 2 * len(chosen), batched).view(-1, 2).cpu().numpy()
 
 
 def query_losses(
-    objective: Objective, tensors, batch: Batch, queries: Queries, group=0, grid=None, chosen=None, heed=never
+    objective: Objective, tensors: list[Tensor], batch: Batch, queries: Queries, group=0, grid=None, chosen=None
 ) -> np.ndarray:
     """Return the losses of the queries, or of those `chosen`: in place one after the other (group 0), or batched.
 
     float64 [len(chosen), 2], at theta + epsilon z and theta - epsilon z. Both paths see the same directions and data. A
     model that can't be batched is measured in place, with a warning. In place, the weights are put on a grid first
-    unless `grid` is given. `heed` is called before each query or group, and may raise.
+    unless `grid` is given.
     """
     chosen = range(queries.q) if chosen is None else chosen
     if len(chosen) == 0:
         return np.empty((0, 2))
     if group:
+        parts = [chosen[lo : lo + group] for lo in range(0, len(chosen), group)]
         try:
-            return batched_losses(objective, tensors, batch, queries, chosen, group, heed)
+            return np.concatenate([batched_losses(objective, tensors, batch, queries, part) for part in parts])
         except CannotBatch as reason:
             if any(tensor.parameter.dtype == torch.bfloat16 for tensor in tensors):
                 raise
             warnings.warn(f"queries are evaluated one after the other, not batched: {reason}", stacklevel=2)
     grid = grid or Grid(tensors, queries.epsilon, queries.family.largest, objective.workers)
-    return sequential_losses(objective, grid, batch, queries, chosen, heed)
+    return sequential_losses(objective.losses, grid, batch, queries, chosen)
 
 
 def projected_gradients(losses: np.ndarray, epsilon: float) -> np.ndarray:
@@ -2459,7 +2276,7 @@ def projected_gradients(losses: np.ndarray, epsilon: float) -> np.ndarray:
 FACTORS_AT_ONCE = 64  # queries whose low-rank factors an update holds at a time
 
 
-def store(out: torch.Tensor, values: torch.Tensor, *coordinates: int) -> None:
+def store(out: torch.Tensor, values: torch.Tensor, seed: int, *coordinates: int) -> None:
     """Write float32 values, which are overwritten, into a block; where that is bfloat16, rounded stochastically.
 
     The lower 16 bits of a float32 are added to as many random ones, from the coordinates, and cut off: of the two
@@ -2467,8 +2284,7 @@ def store(out: torch.Tensor, values: torch.Tensor, *coordinates: int) -> None:
     below the spacing are not lost.
     """
     if out.dtype == torch.bfloat16:
-        seed, *rest = coordinates
-        drawn = random_bytes(2 * values.numel(), values.device, seed, PURPOSE_ROUNDING, *rest)
+        drawn = random_bytes(2 * values.numel(), values.device, seed, PURPOSE_ROUNDING, *coordinates)
         bits = drawn.view(torch.int16).to(torch.int32).bitwise_and_(2**16 - 1).view(values.shape)
         bits.mul_(values.isfinite())  # some NaN would become 0
         values.view(torch.int32).add_(bits).bitwise_and_(-(2**16))
@@ -2492,26 +2308,24 @@ def add_directions(
     def factored(item: tuple[torch.Tensor, Tensor]) -> None:
         out, tensor = item
         for number, part in enumerate(parts):
-            zs = [queries.family.direction(tensor, queries.at(query)) for query, _ in part]
-            z = zs[0].sum(zs, [value for _, value in part])
+            zs = [(queries.family.direction(tensor, queries.at(query)), value) for query, value in part]
+            left = torch.cat([z.left * value for z, value in zs], 1)
+            z = Factored(left, torch.cat([z.right for z, _ in zs], 1), tensor)  # of rank q r
             for block in tensor.blocks:
                 add(out, tensor, block, number, draw(z, tensor, block, workers))
 
     def dense(item: tuple[torch.Tensor, Tensor, int, int, list]) -> None:
         out, tensor, block, number, zs = item
-        span = tensor.span(block)
-        total = workers.scratch("sum", (span.stop - span.start, tensor.columns), tensor.dtype).zero_()
+        total = workers.scratch("sum", out[tensor.span(block)].shape, tensor.dtype).zero_()
         for z, value in zs:
             total.add_(draw(z, tensor, block, workers), alpha=value)
         add(out, tensor, block, number, total)
 
-    low, full = [], []
-    for pair in zip(outs, tensors):
-        (low if queries.family.factored(pair[1]) else full).append(pair)
-    workers.each(factored, low)
+    pairs, is_factored = list(zip(outs, tensors)), queries.family.factored
+    workers.each(factored, [pair for pair in pairs if is_factored(pair[1])])
     for number, part in enumerate(parts):
         items = []
-        for out, tensor in full:
+        for out, tensor in (pair for pair in pairs if not is_factored(pair[1])):
             zs = [(queries.family.direction(tensor, queries.at(query)), value) for query, value in part]
             items += [(out, tensor, block, number, zs) for block in tensor.blocks]
         workers.each(dense, items)
@@ -2542,9 +2356,8 @@ def check_ids(inputs: torch.Tensor, labels: torch.Tensor, vocabulary: int) -> No
         raise ValueError(f"inputs {list(inputs.shape)} and labels {list(labels.shape)} must be [rows, T], T at least 2")
     for name, ids in {"inputs": inputs, "labels": labels.where(labels != IGNORE_INDEX, 0)}.items():
         if ids.is_floating_point() or bool(((ids < 0) | (ids >= vocabulary)).any()):
-            raise ValueError(
-                f"{name} must be whole numbers in [0, {vocabulary}), labels that are left out {IGNORE_INDEX}"
-            )
+            wanted = f"whole numbers in [0, {vocabulary}), labels that are left out {IGNORE_INDEX}"
+            raise ValueError(f"{name} must be {wanted}")
     if not (labels[:, 1:] != IGNORE_INDEX).any():
         raise ValueError(f"labels are all {IGNORE_INDEX}: there is nothing to predict")
 
@@ -2621,19 +2434,17 @@ def zo_gradient_estimator(
         objective = Objective(model, workers, compute_dtype, None if is_plain_loss(loss_fn) else loss_fn)
         losses = query_losses(objective, tensors, batch, queries, parallel_batch_size if parallel_q_computation else 0)
         c = finite_gradients(losses, epsilon)
-        grads = [torch.zeros_like(tensor.parameter, requires_grad=False) for tensor in tensors]
-        outs = [grad.view(tensor.rows, tensor.columns) for grad, tensor in zip(grads, tensors)]
+        grads = {id(t.parameter): torch.zeros_like(t.parameter, requires_grad=False) for t in tensors}
+        outs = [grad.view(tensor.rows, tensor.columns) for grad, tensor in zip(grads.values(), tensors)]
         add_directions(outs, tensors, queries, c / q, workers)
-    of = {id(tensor.parameter): grad for tensor, grad in zip(tensors, grads)}
-    return [of[id(parameter)] for _, parameter in named], torch.tensor(losses.mean(), dtype=torch.float64)
+    return [grads[id(parameter)] for _, parameter in named], torch.tensor(losses.mean(), dtype=torch.float64)
 
 
 def is_plain_loss(loss_fn: Callable | None) -> bool:
     """Return whether loss_fn is the mean cross-entropy that the tiles compute."""
-    if loss_fn is None or loss_fn is torch.nn.functional.cross_entropy:
-        return True
     usual = {"weight": None, "reduction": "mean", "label_smoothing": 0, "ignore_index": IGNORE_INDEX}
-    return type(loss_fn) is torch.nn.CrossEntropyLoss and all(getattr(loss_fn, k) == v for k, v in usual.items())
+    plain = type(loss_fn) is torch.nn.CrossEntropyLoss and all(getattr(loss_fn, k) == v for k, v in usual.items())
+    return plain or loss_fn in (None, torch.nn.functional.cross_entropy)
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -2652,22 +2463,17 @@ class Optimizer:
     float32 and stored rounded stochastically, with bits from (seed, step, tensor, block).
     """
 
-    def __init__(
-        self, name: str, tensors: list[Tensor], workers: Workers, decay=0.0, outer=frozenset(), exact=None, seed=0
-    ):
+    def __init__(self, name: str, tensors: list[Tensor], workers: Workers, decay=0.0, outer=(), exact=None, seed=0):
         self.name, self.tensors, self.workers, self.seed = name, tensors, workers, seed
         self.decay = {tensor.index: decay if tensor.parameter.ndim > 1 else 0.0 for tensor in tensors}
-        made = {t.index: self._make("adam" if t is exact else name, t, id(t.parameter) in outer) for t in tensors}
-        self.each = {index: optimizer for index, optimizer in made.items() if optimizer is not None}
-        self.stateful = [tensor for tensor in tensors if tensor.index in self.each]
+        self.stateful = [tensor for tensor in tensors if name != "sgd" or tensor is exact]
+        self.each = {t.index: self._make(t, t is not exact and id(t.parameter) not in outer) for t in self.stateful}
 
-    def _make(self, name: str, tensor: Tensor, outer: bool) -> torch.optim.Optimizer | None:
-        parameter, decay = tensor.parameter, self.decay[tensor.index]
-        if name == "sgd":
-            return None
-        if tensor.dtype != parameter.dtype:  # stands for the float32 values, for the time of a step
-            parameter = torch.nn.Parameter(parameter.new_empty([0] * parameter.ndim, dtype=tensor.dtype))
-        if name == "mudamw" and parameter.ndim == 2 and not outer:
+    def _make(self, tensor: Tensor, inner: bool) -> torch.optim.Optimizer:
+        # stands for the tensor's values, or float32 ones, for the time of a step
+        stand_in = tensor.parameter.new_empty([0] * tensor.parameter.ndim, dtype=tensor.dtype)
+        parameter, decay = torch.nn.Parameter(stand_in), self.decay[tensor.index]
+        if self.name == "mudamw" and parameter.ndim == 2 and inner:
             return torch.optim.Muon([parameter], weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         return torch.optim.AdamW([parameter], betas=(0.9, 0.95), weight_decay=decay)
 
@@ -2726,25 +2532,12 @@ class Optimizer:
             own = {key: left.pop(key) for key in list(left) if key.rpartition("/")[0] == tensor.name}
             if any(value.ndim and value.shape != tensor.parameter.shape for value in own.values()):
                 raise ValueError(f"the optimizer's state of {tensor.name} has another shape")
-            device = tensor.parameter.device
-            entries = {key.rpartition("/")[2]: v.to(device) if v.ndim else v for key, v in own.items()}
-            if entries:
-                optimizer = self.each[tensor.index]
+            if own:
+                optimizer, device = self.each[tensor.index], tensor.parameter.device
+                entries = {key.rpartition("/")[2]: v.to(device) if v.ndim else v for key, v in own.items()}
                 optimizer.state[optimizer.param_groups[0]["params"][0]] = entries
         if left:
             raise ValueError(f"state of unknown tensors: {', '.join(sorted(left)[:3])}")
-
-
-class Measured(NamedTuple):
-    """What `sequential_losses` needs of an objective: a function of the weights as they are."""
-
-    closure: Callable[[], float]
-    workers: Workers
-
-    def losses(self) -> torch.Tensor:
-        """Return its value, float64 [1]."""
-        with torch.no_grad():
-            return torch.tensor([float(self.closure())], dtype=torch.float64)
 
 
 def zo_step(
@@ -2785,10 +2578,15 @@ def zo_step(
     known = {name: family for name, family in DIRECTIONS.items() if not family.passes}
     check_call(tensors, values, {"direction": (direction, known), "optimizer": (optimizer, ("sgd", "adam"))})
     queries = Queries(known[direction](rank), seed, step, q, epsilon)
+
+    def loss() -> torch.Tensor:
+        with torch.no_grad():
+            return torch.tensor([float(closure())], dtype=torch.float64)
+
     with Workers(tensors[0].parameter.device) as workers:
         grid, rule = Grid(tensors, epsilon, queries.family.largest, workers), Optimizer(optimizer, tensors, workers)
         rule.load_state_dict(state)
-        losses = sequential_losses(Measured(closure, workers), grid, lambda query: (), queries, range(q))
+        losses = sequential_losses(loss, grid, lambda query: (), queries, range(q))
         c = finite_gradients(losses, epsilon)
         rule.apply_estimate(tensors, queries, c, learning_rate)
         state.update(rule.state_dict())
@@ -2856,23 +2654,17 @@ class Setting:
     query_batch: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
     factor: Callable[[int], float]
 
-    @property
-    def head(self) -> Tensor | None:
-        """The output layer's weight, if it is trained."""
-        return next((tensor for tensor in self.tensors if tensor.parameter is self.objective.head.weight), None)
-
     def head_rate(self, step: int) -> float:
         """Return the rate of the closed-form output layer at a step."""
         return self.config.head_learning_rate * self.factor(step)
 
 
-def finite(step: int, **values: float) -> None:
+def finite(step: int, *, advice: str = LOWER_RATE, **values: float) -> None:
     """Raise NonFiniteError, which names it, where a value is not finite."""
     for name, value in values.items():
         if not math.isfinite(value):
-            raise NonFiniteError(
-                f"step {step}: the {name.replace('_', ' ')} is {value:g}; nothing was updated; {LOWER_RATE}"
-            )
+            what = f"the {name.replace('_', ' ')} is {value:g}"
+            raise NonFiniteError(f"step {step}: {what}; nothing was updated; {advice}")
 
 
 class Rule:
@@ -2886,16 +2678,12 @@ class Rule:
 
     def __init__(self, setting: Setting, tensors: list[Tensor]):
         self.setting, self.config, self.tensors = setting, setting.config, tensors
-        self._seen: tuple = ()
-
-    @property
-    def trained(self) -> list[Tensor]:
-        """The tensors that it updates."""
-        return self.tensors
+        self.trained = tensors  # those that it updates
+        self._seen: tuple = (None, None)  # a step, and what its batch shows
 
     def look(self, step: int):
         """Return what the step's batch shows at the weights before the step, the same whenever it is asked for."""
-        if not self._seen or self._seen[0] != step:
+        if self._seen[0] != step:
             self._seen = (step, self.see(step))
         return self._seen[1]
 
@@ -2913,7 +2701,7 @@ class Rule:
     def finish(self, record: Record) -> None:
         """Apply a record, and forget what its batch showed."""
         self.apply(record)
-        self._seen = ()
+        self._seen = (None, None)
 
     def settle(self) -> None:
         """Put the weights where the next step measures them from."""
@@ -2942,13 +2730,13 @@ class Backpropagation(Rule):
         self.passes = 3.0 + (pupil.learning_passes if pupil else 0.0)  # a forward pass, and twice that back
 
     def see(self, step: int) -> tuple[float, dict[int, torch.Tensor]]:
-        ranks, loss, where = self.setting.ranks, math.nan, f"step {step}"
-        gradients = [torch.empty(0)] * len(self.tensors)
+        ranks, own, where = self.setting.ranks, np.empty(0), f"step {step}"
         if ranks.first:
             loss, gradients = self.setting.objective.gradient(*self.setting.bp_batch(step), self.tensors)
-        elif ranks.size > 1:
+            own = np.array([loss])
+        else:
             gradients = [torch.empty_like(tensor.parameter, requires_grad=False) for tensor in self.tensors]
-        loss = float(ranks.exchange(lambda: np.array([loss] if ranks.first else []), where)[0])
+        loss = float(ranks.exchange(lambda: own, where)[0])
         gradients = [gradient.contiguous() for gradient in gradients]
         ranks.broadcast(gradients, where)
         return loss, {tensor.index: gradient for tensor, gradient in zip(self.tensors, gradients)}
@@ -3004,11 +2792,11 @@ class QueryRule(Rule):
         config = setting.config
         self.family, self.group, self.grid, self.guide = family, group, None, None
         self.dimension = sum(tensor.parameter.numel() for tensor in tensors)
-        self.fixed, self._known = setting.measured.fixed_blocks(), ()
+        self.fixed, self._known = setting.measured.fixed_blocks(), (None, None)
         self.in_place = all(tensor.parameter.dtype != torch.bfloat16 for tensor in tensors)  # whether it may be
         self.passes = family.passes + 2 * (1 if config.query_data == "distinct" else config.query_budget_q)
 
-    def bent(self, family: Gaussian) -> Gaussian | Guided:
+    def bent(self, family: Gaussian) -> Gaussian:
         """Return the family as the last gradient guides it."""
         return family if self.guide is None else Guided(family, self.tensors, self.guide, self.config.guide_cosine)
 
@@ -3024,7 +2812,7 @@ class QueryRule(Rule):
         if self.in_place:
             self.grid = Grid(self.tensors, self.config.epsilon, self.bent(self.family).largest, workers)
         else:
-            largest_values([(tensor, block) for tensor in self.tensors for block in tensor.blocks], workers)
+            largest_values(self.tensors, workers)
 
     def measure(self, step: int, rate: float) -> Record:
         queries, family = self.look(step), self.look(step).family
@@ -3041,32 +2829,36 @@ class QueryRule(Rule):
 
     def apply(self, record: Record) -> None:
         queries, optimizer, ranks = self.look(record.step), self.setting.optimizer, self.setting.ranks
-        scalars = queries, record.projected_grads, record.learning_rate
-        owners = {t.index: owner for t, owner in zip(self.tensors, shared_out(self.tensors, queries, optimizer, ranks))}
-        optimizer.apply_estimate([t for t in self.tensors if owners[t.index] in (None, ranks.rank)], *scalars)
-        for tensor in self.tensors:
-            if (owner := owners[tensor.index]) is not None:
+        owners = shared_out(self.tensors, queries, optimizer, ranks)
+        own = [tensor for tensor, owner in zip(self.tensors, owners) if owner in (None, ranks.rank)]
+        optimizer.apply_estimate(own, queries, record.projected_grads, record.learning_rate)
+        for tensor, owner in zip(self.tensors, owners):
+            if owner is not None:
                 ranks.broadcast([tensor.matrix], f"step {record.step}", owner)
 
     def below(self, ids: torch.Tensor) -> Below | None:
         """Return what the fixed blocks make of sequences; of those of the last call, it is known."""
-        if self.fixed == 0:
-            return None
-        seen, states = self._known or (None, None)
-        if seen is not ids:  # else nothing is fetched
-            again = seen is not None and torch.equal(seen, ids)
-            self._known = ids, states if again else self.setting.measured.below(ids, self.fixed)
-        return self._known[1]
+        seen, states = self._known
+        if self.fixed and seen is not ids:  # else nothing is fetched
+            if seen is None or not torch.equal(seen, ids):
+                states = self.setting.measured.below(ids, self.fixed)
+            self._known = ids, states
+        return states
 
     def own_losses(self, queries: Queries) -> np.ndarray:
         """Return the losses of this rank's queries, float64 [share, 2]; where memory runs out, in smaller groups."""
         setting, ranks = self.setting, self.setting.ranks
         ids, labels = setting.query_batch(queries.step)
-        batch = query_batch(ids, labels, queries.q, self.config.query_data, self.below)
+        seen = query_batch(ids, labels, queries.q, self.config.query_data, self.below)
+
+        def batch(query: int) -> tuple:
+            ranks.stop.heed()
+            return seen(query)
+
         fixed = setting.measured, self.tensors, batch, queries
         while True:
             try:
-                return query_losses(*fixed, self.group, self.grid, ranks.share(queries.q), ranks.stop.heed)
+                return query_losses(*fixed, self.group, self.grid, ranks.share(queries.q))
             except CannotBatch as reason:
                 raise UsageError(f"--weights bfloat16: this model's queries can't be batched: {reason}") from reason
             except (RuntimeError, MemoryError) as failure:
@@ -3075,8 +2867,7 @@ class QueryRule(Rule):
                 self.group //= 2
                 how = f"{self.group} queries in one forward pass" if self.group else "one query after the other"
                 log.warning(f"out of memory at step {queries.step}: now {how}")
-            if setting.objective.device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # of a process that has used CUDA
 
     def finite(self, step: int, losses: np.ndarray) -> np.ndarray:
         """Return the projected gradients; one that is not finite ends the run, or is NaN where --on_nonfinite skip."""
@@ -3105,13 +2896,11 @@ class QueryRule(Rule):
         how = f"{self.group} in one forward pass" if self.group else "one after the other, in place"
         lines = [f"queries: {config.query_budget_q} a step, {config.direction}, {config.query_data} data, {how}"]
         if self.fixed:
-            lines.append(
-                f"the first {self.fixed} blocks are fixed: what they make of a batch is computed once, for all queries"
-            )
+            once = "what they make of a batch is computed once, for all queries"
+            lines.append(f"the first {self.fixed} blocks are fixed: {once}")
         if config.kind.guided:
-            lines.append(
-                f"guide: one gradient is kept, {sum(t.parameter.nbytes for t in self.tensors) / 2**20:.1f} MiB"
-            )
+            size = sum(tensor.parameter.nbytes for tensor in self.tensors)
+            lines.append(f"guide: one gradient is kept, {size / 2**20:.1f} MiB")
         lines.append(family.about(config.query_budget_q, self.dimension))
         stable = family.stable_rate(config.query_budget_q, self.dimension)
         if self.setting.optimizer.name == "sgd" and config.learning_rate > 1e4 * stable:
@@ -3146,6 +2935,7 @@ class ClosedFormHead(Rule):
     def __init__(self, setting: Setting, inner: Rule | None):
         self.inner, self.alone = inner or Rule(setting, []), inner is None
         super().__init__(setting, self.inner.tensors)
+        self.trained = [*self.tensors, setting.exact]
         self.passes = 2.0 + (0 if self.alone else inner.passes)  # the pass, and the products with the logits' error
         for name in ("settle", "learn", "state_dict", "load_state_dict"):  # the output layer keeps nothing
             setattr(self, name, getattr(self.inner, name))
@@ -3153,10 +2943,6 @@ class ClosedFormHead(Rule):
     @property
     def guide_to_gradient(self) -> float:
         return self.inner.guide_to_gradient
-
-    @property
-    def trained(self) -> list[Tensor]:
-        return [*self.tensors, self.setting.exact]
 
     def see(self, step: int) -> OutputError:
         (ids, labels), objective = self.setting.batch(step), self.setting.objective
@@ -3167,8 +2953,7 @@ class ClosedFormHead(Rule):
     def measure(self, step: int, rate: float) -> Record:
         error = self.look(step)
         norm = torch.linalg.vector_norm(error.weight).item()
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"step {step}: the output layer's gradient is {norm}; lower --head_learning_rate")
+        finite(step, advice="lower --head_learning_rate", gradient_of_the_output_layer=norm)
         return Record(step, rate, error.loss, norm, np.empty(0)) if self.alone else self.inner.measure(step, rate)
 
     def apply(self, record: Record) -> None:
@@ -3244,8 +3029,8 @@ class Stream(Branch):
 
     def __init__(self, objective: Objective, tensors: list[Tensor]):
         super().__init__(objective, tensors)
-        named = [(name.rpartition(".")[2], m) for block in self.blocks for name, m in block.named_modules()]
-        self.writers = {id(m.weight): m for name, m in named if name in self.WRITERS and hasattr(m, "weight")}
+        named = [(name.rpartition(".")[2], m) for name, m in self.blocks.named_modules() if hasattr(m, "weight")]
+        self.writers = {id(m.weight): m for name, m in named if name in self.WRITERS}
         self.tensors = [[t for t in inner if id(t.parameter) in self.writers] for inner in self.tensors]
 
     def gradients(self, at: int, e: torch.Tensor, x: torch.Tensor, call: Callable) -> tuple:
@@ -3330,17 +3115,13 @@ class Feedback(Rule):
         self.group, self.moments, self.carry = max(1, group), None, CARRIES[config.carry](objective, self.tensors)
         self.outer, table = self.carry.outer, objective.model.get_input_embeddings().weight
         # a tied embedding's two gradients, as output layer and as embedding, are too different to share moments
-        tied = [t for t in self.outer if t is setting.head and t.parameter is table]
-        outer = {id(t.parameter) for t in tied}
-        self.entry = Optimizer(setting.optimizer.name, tied, objective.workers, 0.0, outer, seed=config.seed + 1)
+        tied = [t for t in self.outer if t.parameter is table and table is objective.head.weight]
+        self.entry = Optimizer(setting.optimizer.name, tied, objective.workers, outer={id(table)}, seed=config.seed + 1)
         embeddings = [m for m in objective.model.modules() if isinstance(m, torch.nn.Embedding)]
         self.reaches = bool({id(t.parameter) for t in self.outer} & {id(p) for m in embeddings for p in m.parameters()})
         self.probes = config.query_budget_q if self.reaches else 0
         self.learning_passes, self.passes = 2.0 + self.probes, self.carry.passes + self.probes
-
-    @property
-    def trained(self) -> list[Tensor]:
-        return [*self.outer, *itertools.chain(*self.carry.tensors)]
+        self.trained = [*self.outer, *itertools.chain(*self.carry.tensors)]
 
     def see(self, step: int) -> Look:
         objective, (ids, labels), seen = self.setting.objective, self.setting.batch(step), {}
@@ -3471,10 +3252,11 @@ GPT2_TABLES = {  # the byte-pair encoding of GPT-2, in the package gpt3-tokenize
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
+SPLITS = ("train", "validation")
 PASSAGE_WORDS = 500
 VALIDATION_SHARE = 20  # one document in so many is for validation
 TOKENIZER_DOCUMENTS = 20_000  # bpe:N is trained on so many training documents at most
-PIECE_CHARACTERS, CHARACTERS_AT_ONCE = 1 << 15, 1 << 21  # of a document that is encoded; that threads share
+PIECE_CHARACTERS, PIECES_AT_ONCE = 1 << 15, 64  # of a document that is encoded; that threads share
 MOST_OPTIONS = 100
 MANIFEST = "manifest.json"
 LOCK_PATIENCE = 1.0  # seconds: for a moment a lock can outlive a killed process, in a child that was being started
@@ -3569,8 +3351,8 @@ def package_folder(package: str) -> Path:
     """Return where a package's files are, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        how = "is not installed; run: pip install -r requirements.txt"
-        raise UsageError(f"the package {package.replace('_', '-')} {how}")
+        name = package.replace("_", "-")
+        raise UsageError(f"the package {name} is not installed; run: pip install -r requirements.txt")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -3602,11 +3384,11 @@ def embedded_passages() -> list[str]:
     return sorted(passages, key=text_hash)
 
 
-def hub_is_reachable(seconds: float = 5.0) -> bool:
+def hub_is_reachable() -> bool:
     """Return whether the hub answers at all, tried once: its own client retries for half a minute."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds).close()
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=5.0).close()
     except (OSError, ValueError) as error:
         return isinstance(error, urllib.error.HTTPError)  # an answer, if an unfriendly one
     return True
@@ -3614,10 +3396,9 @@ def hub_is_reachable(seconds: float = 5.0) -> bool:
 
 def go_offline_if_needed(config: Config) -> None:
     """With --offline, or where the hub is wanted and silent, have its client, when it is imported, use local copies."""
-    name = config.tokenizer_name
-    local_tokenizer = name == "gpt2" or name.startswith("bpe:") or Path(name).is_dir()
-    local_model = config.init_from is None or Path(config.init_from).is_dir()
-    wanted = not (local_tokenizer and local_model) or any(source.hub for source in config.sources)
+    named = [name for name in (config.tokenizer_name, config.init_from) if name is not None]
+    far = [name for name in named if name != "gpt2" and not name.startswith("bpe:") and not Path(name).is_dir()]
+    wanted = far or any(source.hub for source in config.sources)
     if config.offline or (wanted and not hub_is_reachable()):
         os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -3632,15 +3413,15 @@ def paragraphs(name: str) -> Iterator[str]:
 
 
 class Example(NamedTuple):
-    """A prompt, its completion and the options that this is one of, if the row has some; or chat messages, which a
-    tokenizer's template makes into the first two. `row` is from 1.
+    """A prompt, its completion and the options that this is one of, if the row has some. Of chat messages the last is
+    the completion; a tokenizer's template makes the prompt of the others. `row` is from 1.
     """
 
     row: int
-    prompt: str = ""
-    completion: str = ""
-    options: tuple[str, ...] = ()
-    messages: list | None = None
+    prompt: str
+    completion: str
+    options: tuple[str, ...]
+    messages: list
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -3648,74 +3429,63 @@ class Example(NamedTuple):
         return (self.prompt, self.completion, *self.options)
 
 
-def value_in(row: dict, column: str, named: str, how: str):
+def value_in(source: Source, row: dict, column: str, how: str):
     """Return what a row has in a column; raises UsageError where there is no such column."""
     if column not in row:
-        raise UsageError(f"{named}: no column {column!r}; its columns are {', '.join(row)}; choose with {how}")
+        raise UsageError(f"{source}: no column {column!r}; its columns are {', '.join(row)}; choose with {how}")
     return row[column]
 
 
 def content(source: Source, number: int, row: dict) -> str | Example:
     """Return the text of a row, or its example; raises UsageError, which names the row, where it has none."""
-    named, columns, options = f"{source.flag} {source.name}", source.columns[:2], ()
-    how = "--prompt_column, --completion_column" if source.examples else "--text_column"
+    where, columns, options, messages = f"{source}: row {number}", source.columns[:2], (), []
+    how = "--text_column (or, for prompts with completions, --completion_column)"
+    how = "--prompt_column, --completion_column" if source.examples else how
     for column in source.columns[2:]:
-        options = value_in(row, column, named, "--options_column")
-        texts = {option for option in options if isinstance(option, str)} if isinstance(options, list) else set()
-        if len(texts) < 2 or not all(isinstance(option, str) and option.strip() for option in options):
-            shown = json.dumps(options, default=str)[:40]
-            raise UsageError(f"{named}: row {number}: no list of two or more texts in the column {column!r}: {shown}")
+        given = value_in(source, row, column, "--options_column")
+        texts = [text for text in given if isinstance(text, str) and text.strip()] if isinstance(given, list) else []
+        options = tuple(dict.fromkeys(texts))
+        if len(options) < 2 or len(texts) < len(given):
+            shown = json.dumps(given, default=str)[:40]
+            raise UsageError(f"{where}: no list of two or more texts in the column {column!r}: {shown}")
     if source.examples and isinstance(row.get(columns[1]), list) and isinstance(row.get(columns[0], []), list):
         messages = row.get(columns[0], []) + row[columns[1]]
-        if all(isinstance(m, dict) and {str} == {type(m.get(key)) for key in ("role", "content")} for m in messages):
-            return checked(Example(number, options=tuple(dict.fromkeys(options)), messages=messages), named)
-        raise UsageError(f"{named}: row {number}: messages must have a role and a content, both texts")
+        if not all(isinstance(m, dict) and {type(m.get("role")), type(m.get("content"))} == {str} for m in messages):
+            raise UsageError(f"{where}: messages must have a role and a content, both texts")
+        row = dict.fromkeys(columns, "") | {columns[1]: messages[-1]["content"] if messages else ""}
     for column in columns:
-        more = "" if source.examples else " (or, for prompts with completions, --completion_column)"
-        if not isinstance(value := value_in(row, column, named, how + more), str | None):
+        if not isinstance(value := value_in(source, row, column, how), str | None):
             what = f"{json.dumps(value, default=str)[:40]} ({type(value).__name__}) in column {column!r}, not text"
-            raise UsageError(f"{named}: row {number} holds {what}; mend it, or choose with {how}")
-    texts = [row[column] or "" for column in columns]
-    return checked(Example(number, *texts, tuple(dict.fromkeys(options))), named) if source.examples else texts[0]
-
-
-def checked(example: Example, named: str) -> Example:
-    """Return an example; raises UsageError where it has options and its completion is none of them."""
-    completion = example.messages[-1]["content"] if example.messages else example.completion
-    if example.options and completion.strip() and completion not in example.options:  # blank ones are left out
-        shown = ", ".join(repr(option[:40]) for option in example.options[:4])
-        raise UsageError(
-            f"{named}: row {example.row}: the completion {completion[:40]!r} is none of its options: {shown}"
-        )
-    return example
+            raise UsageError(f"{where} holds {what}; mend it, or choose with {how}")
+    *prompt, text = (row[column] or "" for column in columns)
+    if options and text.strip() and text not in options:  # blank ones are left out
+        shown = ", ".join(repr(option[:40]) for option in options[:4])
+        raise UsageError(f"{where}: the completion {text[:40]!r} is none of its options: {shown}")
+    return Example(number, *prompt, text, options, messages) if source.examples else text
 
 
 def rendered(example: Example, source: Source, tokenizer: transformers.PreTrainedTokenizerFast) -> Example:
     """Return an example with chat messages made into its prompt and completion; raises UsageError where they can't."""
-    if example.messages is None:
+    if not example.messages:
         return example
-    where, template = f"{source.flag} {source.name}: row {example.row}", tokenizer.apply_chat_template
+    *others, last = example.messages
+    where, template = f"{source}: row {example.row}", functools.partial(tokenizer.apply_chat_template, tokenize=False)
     if not tokenizer.chat_template:
         raise UsageError(f"{where}: holds messages, and the tokenizer has no chat template; name one by --tokenizer")
     try:
-        prompt = template(example.messages[:-1], tokenize=False, add_generation_prompt=True)
-        last = example.messages[-1]
-        whole, *others = (
-            template([*example.messages[:-1], last | {"content": text}], tokenize=False)
-            for text in (last["content"], *example.options)
-        )
+        prompt = template(others, add_generation_prompt=True)
+        texts = [template([*others, last | {"content": text}]) for text in (example.completion, *example.options)]
     except (ValueError, TypeError, LookupError, AttributeError, jinja2.TemplateError) as error:
         raise UsageError(f"{where}: its messages do not fit the chat template: {first_line(error)}") from error
-    if not all(text.startswith(prompt) for text in (whole, *others)):
+    if not all(text.startswith(prompt) for text in texts):
         raise UsageError(f"{where}: the chat template does not put its last message behind the others")
-    options = tuple(text[len(prompt) :] for text in others)
-    return example._replace(prompt=prompt, completion=whole[len(prompt) :], options=options)
+    completion, *options = (text.removeprefix(prompt) for text in texts)
+    return example._replace(prompt=prompt, completion=completion, options=tuple(options))
 
 
 def streamed_texts(source: Source) -> Iterator[str | Example]:
     """Yield the texts or examples of a file or hub set, no more than used."""
-    hub, column, named = source.hub, source.columns[0], f"{source.flag} {source.name}"
-    offline = hub is not None and os.environ.get("HF_HUB_OFFLINE") == "1"
+    hub, offline = source.hub, source.hub is not None and os.environ.get("HF_HUB_OFFLINE") == "1"
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its lines say what the error below says
     try:
@@ -3723,8 +3493,8 @@ def streamed_texts(source: Source) -> Iterator[str | Example]:
         if hub is not None:
             rows = datasets.load_dataset(hub.path, hub.config, split=source.split, streaming=True)
         elif (builder := local_format(Path(names[0]))) == "text":  # `datasets` takes five times the longest document
-            name_of = "text" if source.examples else column
-            rows = ({name_of: text} for name in names for text in paragraphs(name))
+            column = "text" if source.examples else source.columns[0]
+            rows = ({column: text} for name in names for text in paragraphs(name))
         else:
             rows = datasets.load_dataset(builder, data_files=names, split="train", streaming=True)
         for number, row in enumerate(rows, 1):
@@ -3734,7 +3504,7 @@ def streamed_texts(source: Source) -> Iterator[str | Example]:
         if offline:
             what = "the Hugging Face hub can't be reached and no copy is in the local cache; use --dataset embedded, "
             what += "a local file (--dataset FILE.jsonl), or set HF_HOME to a folder with a copy"
-        raise UsageError(f"{named}: {what}") from error
+        raise UsageError(f"{source}: {what}") from error
 
 
 def documents(source: Source, empty: Callable[[], None] = lambda: None) -> Iterator[str | Example]:
@@ -3758,9 +3528,8 @@ def dataset_identity(source: Source) -> list:
     if source.hub is not None:
         return [*source.hub[:2], source.split, source.columns, source.ends, source.samples]
     if not Path(source.name).exists():
-        raise UsageError(f"{source.flag} {source.name}: is not there any more")
-    stats = [(str(file.resolve()), file.stat()) for file in local_files(source.name)]
-    found = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        raise UsageError(f"{source}: is not there any more")
+    found = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in local_files(source.name)]
     return [found, source.columns, source.ends, source.samples]
 
 
@@ -3833,13 +3602,12 @@ def padded(rows: list[tuple], size: int, fill: int, device: torch.device) -> tup
     A prompt that does not fit `size` loses its beginning; shorter sequences are filled up on the right, where nothing
     that counts sees it.
     """
-    width = max(len(prompt) + len(completion) for prompt, completion in rows)
-    ids = np.full((len(rows), max(2, min(size, width))), fill, np.int64)
+    kept = [np.concatenate(parts)[-size:] for parts in rows]
+    ids = np.full((len(rows), max(2, *map(len, kept))), fill, np.int64)
     labels = np.full_like(ids, IGNORE_INDEX)
-    for own, label, (prompt, completion) in zip(ids, labels, rows):
-        prompt = prompt[max(0, len(prompt) + len(completion) - size) :]
-        begin, end = len(prompt), len(prompt) + len(completion)
-        own[:begin], own[begin:end], label[begin:end] = prompt, completion, completion
+    for own, label, tokens, (_, completion) in zip(ids, labels, kept, rows):
+        own[: len(tokens)] = tokens
+        label[len(tokens) - len(completion) : len(tokens)] = completion
     return on_device(ids, device), on_device(labels, device)
 
 
@@ -3849,14 +3617,13 @@ class Corpus:
     def __init__(self, config: Config, source: Source, folder: Path, device: torch.device):
         self.config, self.source, self.device, self.folder = config, source, device, folder
         self.about = read_json(folder / "corpus.json")
-        splits = ("train", "validation")
         try:
             self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-            self.tokens = {split: self._open(split) for split in splits}
+            self.tokens = {split: self._open(split) for split in SPLITS}
             # of each example, where its prompt begins, its completion, and where that ends in the tokens, its row in
             # the file, and how many options it and those before it have; of each option, where it begins and ends
-            self.index = {split: np.fromfile(folder / f"{split}.index", np.int64).reshape(-1, 5) for split in splits}
-            self.spans = {split: np.fromfile(folder / f"{split}.options", np.int64).reshape(-1, 2) for split in splits}
+            self.index = {split: np.fromfile(folder / f"{split}.index", np.int64).reshape(-1, 5) for split in SPLITS}
+            self.spans = {split: np.fromfile(folder / f"{split}.options", np.int64).reshape(-1, 2) for split in SPLITS}
             self.frequencies = np.fromfile(folder / "frequencies.bin", np.int64)  # of tokens in training, [vocabulary]
             if len(self.frequencies) != len(self.tokenizer):
                 raise ValueError(f"{len(self.frequencies)} frequencies of {len(self.tokenizer)} tokens")
@@ -3866,36 +3633,33 @@ class Corpus:
         if self.blocks < config.batch_size:
             few = f"{len(self.tokens['train'])} training tokens are {self.blocks} sequences of {size}"
             raise self._too_small(f"{few}, fewer than one batch of {config.batch_size}")
-        for split, index in self.index.items():
-            rows = np.repeat(index[:, 3], np.diff(index[:, 4], prepend=0))  # of options
-            lengths = np.concatenate([index[:, 2] - index[:, 1], np.diff(self.spans[split])[:, 0]])
-            for at in np.flatnonzero(lengths >= size)[:1]:
-                what, row = ("completion" if at < len(index) else "option"), np.concatenate([index[:, 3], rows])[at]
-                long = f"the {what} in row {row} has {lengths[at]} tokens, too many for --block_size {size}"
-                raise UsageError(f"{source.flag} {source.name}: {long}; raise that, or shorten or leave out the row")
+        for split in SPLITS:
             self._check_rows(split)
 
     def _check_rows(self, split: str) -> None:
-        """Raise UsageError, which names the row, where nothing is predicted, or options are no choice."""
-        index, named = self.index[split], f"{self.source.flag} {self.source.name}: row"
-        begins, answers, ends, rows, _ = index.T
+        """Raise UsageError, which names the row, where a part is too long, nothing is predicted, options no choice."""
+        begins, answers, ends, rows, counts = self.index[split].T
+        spans, size, where = self.spans[split], self.config.block_size, f"{self.source}: row"
+        of_options = np.repeat(rows, np.diff(counts, prepend=0))
+        for what, lengths, of in (("completion", ends - answers, rows), ("option", np.diff(spans)[:, 0], of_options)):
+            for at in np.flatnonzero(lengths >= size)[:1]:
+                long = f"the {what} in row {of[at]} has {lengths[at]} tokens, too many for --block_size {size}"
+                raise UsageError(f"{self.source}: {long}; raise that, or shorten or leave out the row")
         for row in rows[ends - np.maximum(answers, begins + 1) < 1][:1]:  # a sequence's first token is not predicted
-            raise UsageError(f"{named} {row}: one token in all, of which nothing can be predicted; give it a prompt")
-        for at in range(len(index) if len(self.spans[split]) else 0):
+            raise UsageError(f"{where} {row}: one token in all, of which nothing can be predicted; give it a prompt")
+        for at in range(len(rows) if len(spans) else 0):
             options = set(self.options(split, at))
             if begins[at] == answers[at] or len(options) < 2:
                 what = "has no prompt" if begins[at] == answers[at] else "has options that are the same as tokens"
-                raise UsageError(f"{named} {rows[at]} {what}: they can't be compared; mend it or leave it out")
-            self._refuse_beginnings(options, f"{named} {rows[at]}")
+                raise UsageError(f"{where} {rows[at]} {what}: they can't be compared; mend it or leave it out")
+            self._refuse_beginnings(options, f"{where} {rows[at]}")
 
     def _refuse_beginnings(self, options: Iterable[tuple[int, ...]], where: str) -> None:
         """Raise UsageError where an option begins with another, which would always have the lower loss."""
         for one, other in itertools.pairwise(sorted(options)):
             if other[: len(one)] == one:
-                texts = " and ".join(repr(self.tokenizer.decode(each)) for each in (one, other))
-                raise UsageError(
-                    f"{where}: of {texts} the shorter one always has the lower loss; leave out --without_eos"
-                )
+                both = " and ".join(repr(self.tokenizer.decode(each)) for each in (one, other))
+                raise UsageError(f"{where}: of {both} the shorter one always has a lower loss; leave out --without_eos")
 
     def _open(self, split: str) -> np.ndarray:
         count, dtype = self.about["tokens"][split], np.dtype(self.about["dtype"])
@@ -3921,13 +3685,13 @@ class Corpus:
         return min(self.config.block_size, int(np.maximum(ends - begins, answers - begins + options).max()))
 
     def _too_small(self, few: str) -> UsageError:
-        path, found = Path(self.source.name), sum(self.about["documents"].values())
+        found = sum(self.about["documents"].values())
         advice = f"raise {self.source.flag.replace('dataset', 'max_samples')}"
         lower = ["--block_size"] * (not self.source.examples) + ["--batch_size"] * (self.config.batch_size > 1)
         advice += f", or lower {' or '.join(lower)}" * bool(lower)
-        if found < VALIDATION_SHARE and path.exists() and local_format(path) == "text":
+        if found < VALIDATION_SHARE and local_format(Path(self.source.name)) == "text":
             advice += f"; in a text file blank lines separate documents, and {found} was found"
-        return UsageError(f"{self.source.flag} {self.source.name}: {few}; {advice}")
+        return UsageError(f"{self.source}: {few}; {advice}")
 
     @functools.cached_property
     def validation_rows(self) -> np.ndarray:
@@ -3941,8 +3705,8 @@ class Corpus:
         """Return the validation loss, in nats, of knowing only how frequent each token is (in training, plus one)."""
         predicted, counts = self.sequences("validation", self.validation_rows)[1][:, 1:].cpu().numpy(), self.frequencies
         if self.source.examples:  # of what is predicted, the completions
-            spans = [self.tokens["train"][answer:end] for _, answer, end, *_ in self.index["train"]]
-            counts = np.bincount(np.concatenate(spans), minlength=len(counts))
+            completions = [completion for _, completion in self.examples("train", slice(None))]
+            counts = np.bincount(np.concatenate(completions), minlength=len(counts))
         counts = counts + 1.0
         return float(-np.log(counts / counts.sum())[predicted[predicted != IGNORE_INDEX]].mean())
 
@@ -3954,12 +3718,11 @@ class Corpus:
         """Return sequences by number, and their labels: int64 [rows, T] each, T block_size at most."""
         tokens, size = self.tokens[split], self.config.block_size
         if not self.source.examples:
-            values = np.stack([tokens[row * size : (row + 1) * size] for row in rows]).astype(np.int64)
-            ids = on_device(values, self.device)
+            ids = on_device(tokens[rows[:, None] * size + np.arange(size)].astype(np.int64), self.device)
             return ids, ids
         return padded(self.examples(split, rows), size, self.tokenizer.eos_token_id, self.device)
 
-    def examples(self, split: str, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    def examples(self, split: str, rows: np.ndarray | slice) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the prompt and completion of each example, as tokens."""
         tokens, spans = self.tokens[split], self.index[split][rows, :3]
         return [(tokens[start:answer], tokens[answer:end]) for start, answer, end in spans]
@@ -3970,9 +3733,8 @@ class Corpus:
         found = {tuple(own.tolist()) for split in self.index for _, own in self.examples(split, slice(None))}
         if not 2 <= len(found) <= MOST_OPTIONS:
             few = f"accuracy is of a choice between 2 to {MOST_OPTIONS} completions, and {len(found)} occur"
-            advice = "name --options_column, or take exact_match"
-            raise UsageError(f"{self.source.flag} {self.source.name}: {few}; {advice}")
-        self._refuse_beginnings(found, f"{self.source.flag} {self.source.name}")
+            raise UsageError(f"{self.source}: {few}; name --options_column, or take exact_match")
+        self._refuse_beginnings(found, str(self.source))
         return sorted(found)
 
     @functools.cached_property
@@ -4000,11 +3762,10 @@ class Corpus:
 
     def rows(self, step: int) -> np.ndarray:
         """Return the training sequences of a step's batch, by number: an epoch is a fresh permutation."""
-        epochs, places = np.divmod(step * self.config.batch_size + np.arange(self.config.batch_size), self.blocks)
-        rows = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            rows[epochs == epoch] = permuted(places[epochs == epoch], self.blocks, self.config.seed, int(epoch))
-        return rows
+        size, seed = self.config.batch_size, self.config.seed
+        epochs, places = np.divmod(step * size + np.arange(size), self.blocks)
+        parts = [(int(epoch), places[epochs == epoch]) for epoch in np.unique(epochs)]
+        return np.concatenate([permuted(part, self.blocks, seed, epoch) for epoch, part in parts])
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a step's batch and its labels, int64 [batch_size, T] each."""
@@ -4061,27 +3822,23 @@ def pieces_of(text: str) -> Iterator[str]:
 
 
 def encoded_pieces(tokenizer: transformers.PreTrainedTokenizerFast, texts: Iterable[str | Example]) -> Iterator[tuple]:
-    """Yield ((a piece of a document, the document, its split, the piece's number, whether it is the last), tokens),
-    encoding while the next are read. The pieces of an example are its prompt, its completion and its options.
+    """Yield ((a piece of a document, the document, its split, the part, whether the piece is its last), tokens),
+    encoding while the next are read. Parts of an example: 0 its prompt, 1 its completion, 2 and more its options; a
+    text is all part 1.
     """
 
-    def batches() -> Iterator[list[tuple[str, str | Example, str, int, bool]]]:
-        batch, size = [], 0
+    def pieces() -> Iterator[tuple[str, str | Example, str, int, bool]]:
         for document in texts:
             plain = isinstance(document, str)
             split = "validation" if is_validation(document if plain else "\0".join(document.parts[:2])) else "train"
-            pieces = pieces_of(document) if plain else document.parts
-            for number, (piece, following) in enumerate(itertools.pairwise(itertools.chain(pieces, [None]))):
-                batch.append((piece, document, split, number, following is None))
-                size += len(piece)
-                if size >= CHARACTERS_AT_ONCE:
-                    yield batch
-                    batch, size = [], 0
-        yield batch
+            parts = zip(itertools.repeat(1), pieces_of(document)) if plain else enumerate(document.parts)
+            for (part, piece), following in itertools.pairwise(itertools.chain(parts, [None])):
+                yield piece, document, split, part, following is None
 
-    encode = functools.partial(tokenizer.backend_tokenizer.encode_batch, add_special_tokens=False)
+    found, encode = pieces(), functools.partial(tokenizer.backend_tokenizer.encode_batch, add_special_tokens=False)
+    batches = iter(lambda: list(itertools.islice(found, PIECES_AT_ONCE)), [])
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:
-        coming = ((batch, ahead.submit(encode, [text for text, *_ in batch])) for batch in batches())
+        coming = ((batch, ahead.submit(encode, [text for text, *_ in batch])) for batch in batches)
         for (batch, encoded), _ in itertools.pairwise(itertools.chain(coming, [None])):
             yield from ((piece, each.ids) for piece, each in zip(batch, encoded.result()))
 
@@ -4097,35 +3854,34 @@ def write_corpus(config: Config, source: Source, given, folder: Path) -> None:
         pieces = itertools.chain.from_iterable(map(pieces_of, training))
         tokenizer = wrapped_tokenizer(trained_tokenizer(pieces, int(name.removeprefix("bpe:"))))
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-    counts = {kind: {"train": 0, "validation": 0} for kind in ("tokens", "documents", "predicted", "bytes")}
+    counts = {kind: dict.fromkeys(SPLITS, 0) for kind in ("tokens", "documents", "predicted", "bytes")}
     frequencies, empty = np.zeros(len(tokenizer), np.int64), itertools.count()
     texts = documents(source, lambda: next(empty))
     if source.examples:
         texts = (rendered(example, source, tokenizer) for example in texts)
     texts = tqdm.tqdm(texts, "tokenizing", unit=" documents", disable=not sys.stderr.isatty())
     with contextlib.ExitStack() as files:
-        names = [f"{split}.{kind}" for split in ("train", "validation") for kind in ("bin", "index", "options")]
+        names = [f"{split}.{kind}" for split in SPLITS for kind in ("bin", "index", "options")]
         opened = {name: files.enter_context(open(folder / name, "wb")) for name in names}
-        start, options = {}, {"train": 0, "validation": 0}
-        for (text, document, split, number, last), ids in encoded_pieces(tokenizer, texts):
-            predicted = number == 1 or not source.examples  # not a prompt, nor an option
-            ends = [tokenizer.eos_token_id] * (source.ends and number > 0 if source.examples else last)
-            tokens, before = np.array([*ids, *ends], dtype), counts["tokens"][split]
+        start, options = 0, dict.fromkeys(SPLITS, 0)
+        for (text, document, split, part, last), ids in encoded_pieces(tokenizer, texts):
+            ends = [tokenizer.eos_token_id] * (source.ends and part > 0 if source.examples else last)
+            tokens, begin = np.array([*ids, *ends], dtype), counts["tokens"][split]
+            end = begin + len(tokens)
             tokens.tofile(opened[f"{split}.bin"])
-            if number == 0:
-                start[split] = before
-            elif source.examples and number == 1:
-                options[split] += len(document.options)
-                line = [start[split], before, before + len(tokens), document.row, options[split]]
-                np.array(line).tofile(opened[f"{split}.index"])
+            if part == 0:
+                start = begin
+            elif part > 1:
+                np.array([begin, end]).tofile(opened[f"{split}.options"])
             elif source.examples:
-                np.array([before, before + len(tokens)]).tofile(opened[f"{split}.options"])
-            if split == "train" and (number < 2 or not source.examples):  # not an option
+                options[split] += len(document.options)
+                np.array([start, begin, end, document.row, options[split]]).tofile(opened[f"{split}.index"])
+            if split == "train" and part < 2:
                 frequencies += np.bincount(tokens, minlength=len(tokenizer))
-            counts["tokens"][split] += len(tokens)
+            counts["tokens"][split] = end
             counts["documents"][split] += last
-            counts["predicted"][split] += len(tokens) * predicted
-            counts["bytes"][split] += len(text.encode("utf-8", "surrogatepass")) * predicted
+            counts["predicted"][split] += len(tokens) * (part == 1)
+            counts["bytes"][split] += len(text.encode("utf-8", "surrogatepass")) * (part == 1)
     if skipped := next(empty):
         log.info(f"{source.name}: {skipped} empty texts left out")
     frequencies.tofile(folder / "frequencies.bin")
@@ -4152,8 +3908,7 @@ def choose_device(name: str, ranks: Ranks) -> torch.device:
     if name != "cuda" or ranks.size == 1:
         return torch.device(name)
     if ranks.local_size > (count := torch.cuda.device_count()):
-        few = f"{ranks.local_size} processes, {count} devices; lower --nproc_per_node"
-        raise UsageError(f"--device cuda: {few}")
+        raise UsageError(f"--device cuda: {ranks.local_size} processes, {count} devices; lower --nproc_per_node")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device
@@ -4243,9 +3998,7 @@ def looked_up(module: torch.nn.Embedding, given: tuple, out: torch.Tensor) -> to
 
 
 def lowered(model: torch.nn.Module) -> torch.nn.Module:
-    """Return a model with its vectors and what embeddings give in float32, whatever its matrices are stored in: vectors
-    are few, and a norm's weight of about 1 would be rounded by more than epsilon.
-    """
+    """Return a model with vectors, and what embeddings give, in float32: bfloat16 rounds norms by more than epsilon."""
     for parameter in model.parameters():
         if parameter.ndim < 2:
             parameter.data = parameter.data.float()
@@ -4328,16 +4081,12 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
 
 
 def save_merged(model: torch.nn.Module, folder: Path) -> None:
-    """Write a Hugging Face model folder in which adapters are part of the weights, in float32: in bfloat16 most of what
-    they add would be rounded away.
-    """
-    adapted, state = adapters(model), model.state_dict()
-    for name, module in adapted.items():
-        for key in [key for key in state if key.startswith(f"{name}.")]:
-            value, kind = state.pop(key), key.removeprefix(f"{name}.")
-            if kind.startswith("base."):
-                merged = module.merged.detach() if kind == "base.weight" else value
-                state[f"{name}.{kind.removeprefix('base.')}"] = merged
+    """Write a Hugging Face model folder with adapters merged, in float32: bfloat16 would round most of them away."""
+    state = model.state_dict()
+    for name, layer in adapters(model).items():
+        state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
+        state |= {f"{name}.{key}": value for key, value in layer.base.state_dict().items()}
+        state[f"{name}.weight"] = layer.merged.detach()
     model.save_pretrained(folder, state_dict={name: unpacked(value) for name, value in state.items()})
     about = read_json(folder / "config.json") | {"dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(about, indent=2), "utf-8")
@@ -4345,16 +4094,16 @@ def save_merged(model: torch.nn.Module, folder: Path) -> None:
 
 def loaded_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast) -> torch.nn.Module:
     """Return the model of --init_from, from safetensors, running no code of its own; raises UsageError."""
-    name, safe = config.init_from, {"use_safetensors": True, "trust_remote_code": False}
+    name, where = config.init_from, f"--init_from {config.init_from}"
+    safe = {"use_safetensors": True, "trust_remote_code": False}
     loaded = torch.bfloat16 if config.weights == "bfloat16" else torch.float32
-    adapter = f"--init_from {name}: an adapter, not a model; name one that it is merged into (--export_dir does it)"
+    adapter = f"{where}: an adapter, not a model; name one that it is merged into (--export_dir does it)"
     if (Path(name) / "adapter_config.json").is_file():
         raise UsageError(adapter)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=loaded, **safe)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        reason = f"no causal language model that loads from safetensors: {first_line(error)}"
-        raise UsageError(f"--init_from {name}: {reason}") from error
+        raise UsageError(f"{where}: no causal LM that loads from safetensors: {first_line(error)}") from error
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers loads a hub's adapter, if peft is there
         raise UsageError(adapter)
     if loaded == torch.bfloat16:
@@ -4367,8 +4116,7 @@ def loaded_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast
     rows = model.get_input_embeddings().weight.shape[0]
     positions = getattr(model.config, "max_position_embeddings", MAX_POSITIONS)
     if len(tokenizer) > rows:
-        few = f"the tokenizer has {len(tokenizer)} tokens, the model {rows}; leave out --tokenizer"
-        raise UsageError(f"--init_from {name}: {few}")
+        raise UsageError(f"{where}: the tokenizer has {len(tokenizer)} tokens, the model {rows}; leave out --tokenizer")
     if config.block_size + config.continues * config.max_new_tokens > positions:
         more = f" and --max_new_tokens {config.max_new_tokens}" * config.continues
         raise UsageError(f"--block_size {config.block_size}{more}: {name} has {positions} positions; lower it")
@@ -4397,9 +4145,7 @@ def build_model(config: Config, tokenizer: transformers.PreTrainedTokenizerFast)
 
 
 def initialize(model: torch.nn.Module, seed: int, *stage: int) -> None:
-    """Give a Llama's trainable parameters initial weights, a function of the seed (and of a stage): normal matrices,
-    unit norms; drawn on the CPU, the same for any device.
-    """
+    """Give a Llama's trainable parameters values by the seed (and stage), the same on any device: normal; norms 1."""
     for index, parameter in enumerate(model.parameters()):
         if parameter.requires_grad and parameter.ndim == 1:
             parameter.data.fill_(1.0)
@@ -4408,25 +4154,12 @@ def initialize(model: torch.nn.Module, seed: int, *stage: int) -> None:
             parameter.data.copy_(torch.empty(parameter.shape).normal_(0.0, INITIAL_DEVIATION, generator=generator))
 
 
-def parameter_count(model: torch.nn.Module) -> int:
-    """Return the number of parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """Return the SHA-256 of all parameters."""
-    digest = hashlib.sha256()
-    for values in plain_tensors(model):
-        digest.update(values.cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def sample_digest(model: torch.nn.Module, seed: int, step: int) -> str:
-    """Return the SHA-256 of a sample of the weights, another one in every step: a difference that stays is found."""
+def weights_digest(model: torch.nn.Module, sample: tuple[int, int] | None = None) -> str:
+    """Return the SHA-256 of all parameters, or of a sample by (seed, step), which finds a difference that stays."""
     digest = hashlib.sha256()
     for index, values in enumerate(map(torch.ravel, plain_tensors(model))):
-        if len(values) > SAMPLED_WEIGHTS:
-            generator = stream(torch.device("cpu"), seed, PURPOSE_CHECK, step, index)
+        if sample and len(values) > SAMPLED_WEIGHTS:
+            generator = stream(torch.device("cpu"), sample[0], PURPOSE_CHECK, sample[1], index)
             values = values[torch.randint(len(values), (SAMPLED_WEIGHTS,), generator=generator).to(values.device)]
         digest.update(values.cpu().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -4465,9 +4198,7 @@ def outer_parameters(model: torch.nn.Module) -> set[int]:
 
 
 def query_group(config: Config, about: transformers.PretrainedConfig, tokens: int, device: torch.device) -> int:
-    """Return how many queries are in a forward pass: 0 where not batched; for auto what half the free memory holds,
-    by the longest sequence's tokens.
-    """
+    """Return how many queries a pass has, 0: not batched; auto: what half the memory holds at `tokens` a sequence."""
     if not config.parallel_q_computation:
         return 0
     if config.parallel_batch_size != "auto":
@@ -4533,12 +4264,10 @@ class Continuations(Objective):
         """Return the negative mean score of the rows [R, T], float64 [1]."""
         prompts, references = zip(*parts_of(input_ids, labels))
         ends = {token for own in references for token in own} & set(self.corpus.tokenizer.all_special_ids)
-        texts = [self.texts(tokens) for tokens in (prompts, self.continued(prompts, ends), references)]
+        decoded = functools.partial(self.corpus.tokenizer.batch_decode, skip_special_tokens=True)
+        parts = prompts, self.continued(prompts, ends), references
+        texts = [[text.strip() for text in decoded(tokens)] for tokens in parts]
         return torch.tensor([-np.mean(self.score(*texts))], dtype=torch.float64)
-
-    def texts(self, rows: Sequence[list[int]]) -> list[str]:
-        """Return rows of tokens as texts, without special tokens and blanks around them."""
-        return [text.strip() for text in self.corpus.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     def fixed_blocks(self) -> int:
         return 0  # a continuation grows: what its prompt gives is not all
@@ -4586,29 +4315,25 @@ def score_of_file(name: str) -> Callable:
     """Return the function that FILE.py:FUNCTION names; its errors are UsageError, as is what is no list of numbers."""
     path, _, function = name.rpartition(":")
 
-    def mistaken(error: BaseException) -> UsageError:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        where = f" (line {lines[-1]})" if lines else ""
-        return UsageError(f"{name}: {type(error).__name__}: {first_line(error)}{where}")
+    def attempt(act: Callable, *given):
+        try:
+            return act(*given)
+        except (Exception, SystemExit) as error:  # anything may be wrong with a file of the user's
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+            where = f" (line {lines[-1]})" if lines else ""
+            raise UsageError(f"{name}: {type(error).__name__}: {first_line(error)}{where}") from error
 
     spec = importlib.util.spec_from_file_location("score_of_file", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # anything may be wrong with a file of the user's
-        raise mistaken(error) from error
+    attempt(spec.loader.exec_module, module)
     if not callable(call := getattr(module, function, None)):
         raise UsageError(f"{name}: the file has no function of that name")
 
     def score(*texts: list[str]) -> list[float]:
-        try:
-            values = [float(value) for value in call(*texts)]
-        except (Exception, SystemExit) as error:  # the same
-            raise mistaken(error) from error
+        values = attempt(lambda: [float(value) for value in call(*texts)])
         if len(values) != len(texts[0]) or not all(map(math.isfinite, values)):
-            raise UsageError(
-                f"{name}: returned {str(values)[:60]} for {len(texts[0])} answers: no finite number for each"
-            )
+            told = f"{str(values)[:60]} for {len(texts[0])} answers: no finite number for each"
+            raise UsageError(f"{name}: returned {told}")
         return values
 
     return score
@@ -4655,11 +4380,10 @@ def sample(objective: Objective, corpus: Corpus, prompt: str, step: int) -> str:
 # │ Run directory                                                                                                    │
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
-METRICS = (
-    *("step", "epoch", "stage", "loss", "val_loss", "val_bits_per_byte", "val_score", "learning_rate", "grad_norm"),
-    *("projected_grad_mean", "projected_grad_std", "guide_to_gradient", "data_tokens", "forward_tokens"),
-    *("seconds", "peak_memory_mib"),
-)
+METRICS = {"step": "d", "epoch": ".4f", "stage": "d", "loss": ".6f", "val_loss": ".6f", "val_bits_per_byte": ".6f"}
+METRICS |= {"val_score": ".6f", "learning_rate": ".6g", "grad_norm": ".6g", "projected_grad_mean": ".6g"}
+METRICS |= {"projected_grad_std": ".6g", "guide_to_gradient": ".4f", "data_tokens": "d", "forward_tokens": "d"}
+METRICS |= {"seconds": ".3f", "peak_memory_mib": ".0f"}
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy")
 
 
@@ -4813,19 +4537,17 @@ class RunDirectory:
         about["direction_format"] = DIRECTION_FORMAT
         self.write("config.json", about | {"machine": platform.platform(), "git_commit": commit})
 
-    def pin(self, name: str, facts: dict) -> None:
+    def pin(self, facts: dict) -> None:
         """Write facts that must hold for the whole run, once; raises UsageError where they have changed since. A run of
         an earlier version has fewer; the name of a folder of tokens is a fact, and may be another.
         """
-        path = self.path / name
+        path = self.path / "corpus.json"
         if not path.exists():
-            self.write(name, facts)
-        elif (begun := read_json(path)) != facts:
-            common = begun.keys() & facts.keys() - {"tokens_folder", "bp_tokens_folder"}
-            if odd := [
-                f"{key} was {begun[key]}, is {facts[key]}" for key in sorted(common) if begun[key] != facts[key]
-            ]:
-                raise UsageError(f"{path}: not what the run began with ({'; '.join(odd)})")
+            self.write(path.name, facts)
+        begun = read_json(path)
+        common = sorted(begun.keys() & facts.keys() - {"tokens_folder", "bp_tokens_folder"})
+        if odd := [f"{key} was {begun[key]}, is {facts[key]}" for key in common if begun[key] != facts[key]]:
+            raise UsageError(f"{path}: not what the run began with ({'; '.join(odd)})")
 
     def add_row(self, row: dict[str, str]) -> None:
         """Append a row to metrics.csv, or put it where damage has left a gap."""
@@ -4901,26 +4623,20 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     for values in lines:
         row = dict.fromkeys(METRICS, "") | dict(zip(names, values))
         with contextlib.suppress(ValueError):  # not a number
-            if (
-                len(values) == len(names)
-                and row["step"].isdigit()
-                and all(math.isfinite(float(v)) for v in values if v)
-            ):
+            numbers = [float(value) for value in values if value]
+            if len(values) == len(names) and row["step"].isdigit() and all(map(math.isfinite, numbers)):
                 rows[int(row["step"])] = row
     return [rows[step] for step in sorted(rows)]
 
 
 def read_config(path: Path) -> Config:
-    """Return a run's flags from its config.json, with defaults for flags that are younger than it; raises UsageError
-    where it was damaged or changed by hand.
-    """
+    """Return a run's flags from config.json, and defaults of younger ones; raises UsageError if it's not as written."""
     where, about = path / "config.json", read_json(path / "config.json")
     flags = about.get("flags")
     if not isinstance(flags, dict) or about.get("flags_sha256") != flags_digest(flags):
         raise UsageError(f"{where}: damaged or changed by hand (its digest does not fit its flags)")
-    if flags.pop("embedding_optimizer", None) or (
-        "stage_optimizers" not in flags and flags.get("scope") == "layerwise"
-    ):
+    layerwise = flags.get("scope") == "layerwise"
+    if flags.pop("embedding_optimizer", None) or (layerwise and "stage_optimizers" not in flags):
         raise UsageError(f"{where}: of a version whose layerwise runs had other defaults; start a new run")
     if odd := sorted(set(flags) - set(FIELDS)):
         raise UsageError(f"{where}: of another version of this script, which has no --{', --'.join(odd)}")
@@ -4929,10 +4645,8 @@ def read_config(path: Path) -> Config:
         raise UsageError("\n".join(f"{where}: {fault}" for fault in faults))
     config = Config(**flags)
     if (config.measures or config.weights == "bfloat16") and about.get("direction_format", 1) != DIRECTION_FORMAT:
-        raise UsageError(
-            f"{where}: of a version that draws other directions; go on with that one (git_commit there names it), or "
-            "start a new run"
-        )
+        told = "of a version that draws other directions; go on with that one (git_commit there names it)"
+        raise UsageError(f"{where}: {told}, or start a new run")
     return config
 
 
@@ -4962,19 +4676,15 @@ def peak_memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def rank_of(row: dict[str, str]) -> tuple[float, float]:
-    """Return what is lower the better a row of metrics.csv is: the negative score, if it has one, and then the loss."""
-    return -float(row["val_score"] or 0), float(row["val_loss"])
+def points(rows: list[dict[str, str]], x: str, y: str) -> list[tuple[float, float]]:
+    """Return two columns of metrics.csv, where there is a value in the second."""
+    return [(float(row[x]), float(row[y])) for row in rows if row[y]]
 
 
-def best_of(rows: list[dict[str, str]]) -> dict[str, str] | None:
-    """Return the best row of metrics.csv, by its score and then its validation loss, if any has one."""
-    return min((row for row in rows if row["val_loss"]), key=rank_of, default=None)
-
-
-def lowest(rows: list[dict[str, str]]) -> dict[str, str] | None:
-    """Return the row of metrics.csv with the lowest validation loss, if any has one."""
-    return min((row for row in rows if row["val_loss"]), key=lambda row: float(row["val_loss"]), default=None)
+def best_of(rows: list[dict[str, str]]) -> dict[str, str]:
+    """Return the best row of metrics.csv, the first of several: by its score, if it has one, and then its loss."""
+    validated = [row for row in rows if row["val_loss"]]
+    return min(validated, key=lambda row: (-float(row["val_score"] or 0), float(row["val_loss"])))
 
 
 @contextlib.contextmanager
@@ -4999,8 +4709,7 @@ def draw_loss(run: RunDirectory, unigram: float | None) -> Path | None:
     path, axes = run.path / "loss.png", ("step", "forward tokens (backpropagation counts 3)")
     with picture(path, (10, 4), axes, "loss") as (figure, panels):
         for panel, column in zip(panels, ("step", "forward_tokens")):
-            trained = [(float(row[column]), float(row["loss"])) for row in run.rows if row["loss"]]
-            validated = [(float(row[column]), float(row["val_loss"])) for row in run.rows if row["val_loss"]]
+            trained, validated, scores = (points(run.rows, column, y) for y in ("loss", "val_loss", "val_score"))
             at, losses = zip(*trained)
             total, weight, smoothed = 0.0, 0.0, []  # a running mean, without the start's bias
             for loss in losses:
@@ -5014,7 +4723,7 @@ def draw_loss(run: RunDirectory, unigram: float | None) -> Path | None:
                     panel.axvline(float(before[column]), color="black", ls=":", lw=0.8)
             if unigram is not None:
                 panel.axhline(unigram, color="gray", ls="--", lw=1, label="unigram")
-            if scores := [(float(row[column]), float(row["val_score"])) for row in run.rows if row["val_score"]]:
+            if scores:
                 right = panel.twinx()
                 right.plot(*zip(*scores), color="tab:green", marker="s", ms=3)
                 right.set_ylabel(f"{run.config.eval_metric} (green)")
@@ -5071,21 +4780,17 @@ class Compared:
 
     def __init__(self, path: Path):
         self.path, self.rows = path, read_metrics(path / "metrics.csv")
-        self.validated, self.best = [row for row in self.rows if row["val_loss"]], lowest(self.rows)
+        self.validated = [row for row in self.rows if row["val_loss"]]
+        self.best = min(self.validated, key=lambda row: float(row["val_loss"]), default=None)
         self.loss = float(self.best["val_loss"]) if self.best else math.inf
+        self.scores = [score for _, score in points(self.rows, "step", "val_score")]
         facts = read_json(path / "corpus.json") if (path / "corpus.json").is_file() else {}
         self.tokenizer, self.unigram = facts.get("tokens_folder"), facts.get("unigram_loss")
         flags = read_json(path / "config.json").get("flags")
         flags = {name: v for name, v in flags.items() if name in FIELDS} if isinstance(flags, dict) else {}
-        config, about = Config(**flags), {name: FIELDS[name].metadata for name in flags}
+        config = Config(**flags)
         self.metric = config.eval_metric
-        shaping = [name for name in flags if not {"free", "action"} & about[name].keys()]
-        needs = {name: NEEDS.get(about[name].get("needs"), (bool,))[0] for name in shaping}
-        self.flags = {name: str(flags[name]) for name in shaping if needs[name](config)}  # which have an effect
-
-    def scores(self) -> list[float]:
-        """Return its validation scores."""
-        return [float(row["val_score"]) for row in self.validated if row["val_score"]]
+        self.flags = {name: str(v) for name, v in flags.items() if name in SHAPING and not lacking(config, name)}
 
     def cells(self) -> dict[str, str]:
         """Return what the table says of it."""
@@ -5099,7 +4804,7 @@ class Compared:
             "step": last["step"],
             "best val_loss": f"{self.loss:.4f} at {self.best['step']}",
             "last": f"{float(self.validated[-1]['val_loss']):.4f}",
-            "best score": f"{max(scores):.4f}" if (scores := self.scores()) else "",
+            "best score": f"{max(self.scores):.4f}" if self.scores else "",
             "bits/byte": f"{float(bits):.4f}" if bits else "",
             "forward tokens": short(tokens),
             "tok/s": short(tokens / seconds) if seconds else "",
@@ -5111,8 +4816,8 @@ class Compared:
 def compare(config: Config) -> int:
     """Print the table of --compare, the best first (by score, if all have the same one), and draw the picture."""
     found = [Compared(path) for named in config.compare for path in run_directories(named)]
-    same = len({run.metric for run in found}) == 1 and all(run.scores() for run in found)
-    found.sort(key=lambda run: (-max(run.scores()) if same else 0.0, run.loss))
+    same = len({run.metric for run in found}) == 1 and all(run.scores for run in found)
+    found.sort(key=lambda run: (-max(run.scores) if same else 0.0, run.loss))
     differing = [name for name in FIELDS if len({run.flags.get(name) for run in found}) > 1]
     flags = [{name: run.flags.get(name, "") for name in differing} for run in found]
     rows = [run.cells() | own for run, own in zip(found, flags)]
@@ -5135,8 +4840,7 @@ def draw_comparison(found: list[tuple[Compared, str]], path: Path) -> Path:
     with picture(path, (14, 4.5), ("step", "forward tokens", "seconds"), "validation loss") as (figure, panels):
         for panel, column in zip(panels, ("step", "forward_tokens", "seconds")):
             for run, label in found:
-                points = [(float(row[column]), float(row["val_loss"])) for row in run.validated]
-                panel.plot(*zip(*points), label=label, lw=1.2, marker="o", ms=3)
+                panel.plot(*zip(*points(run.rows, column, "val_loss")), label=label, lw=1.2, marker="o", ms=3)
             for level in {run.unigram for run, _ in found if run.unigram}:
                 panel.axhline(level, color="gray", ls="--", lw=1, label="unigram")
             panel.xaxis.set_major_formatter(lambda value, _: short(value) if value >= 1000 else f"{value:g}")
@@ -5180,9 +4884,8 @@ def plan(config: Config, blocks: int, epoch: int) -> list[Phase]:
     lengths, rates = [config.max_steps or config.epochs * epoch], [config.learning_rate]
     optimizers = by_stage("stage_optimizers", config.stage_optimizers or config.optimizer)
     if config.layerwise:
-        epochs = by_stage("stage_epochs", config.stage_epochs)
         steps = config.stage_steps and by_stage("stage_steps", config.stage_steps)
-        lengths = steps or [count * epoch for count in epochs]
+        lengths = steps or [count * epoch for count in by_stage("stage_epochs", config.stage_epochs)]
         rates = by_stage("stage_learning_rates", config.stage_learning_rates or str(config.learning_rate))
         if (config.max_steps or 0) > sum(lengths):
             told = f"the stages have {sum(lengths)} steps in all; lower it, or lengthen them"
@@ -5192,7 +4895,7 @@ def plan(config: Config, blocks: int, epoch: int) -> list[Phase]:
         raise UsageError(f"--warmup_steps {config.warmup_steps}: as long as {what} of {length} steps; lower it")
     phases, spans = [], itertools.pairwise(itertools.accumulate(lengths, initial=0))
     for number, (scope, (first, end), rate, optimizer) in enumerate(zip(scopes, spans, rates, optimizers)):
-        always = config.kind.always or (config.layerwise and number == 0)
+        always = not config.kind.queries or (config.layerwise and number == 0)
         phases.append(Phase(number, first, end, scope, optimizer, rate, always))
     return phases
 
@@ -5205,7 +4908,8 @@ def make_rule(setting: Setting, group: int, frequencies: np.ndarray) -> Rule:
     tensors = [tensor for tensor in setting.tensors if tensor is not setting.exact]
     if config.query_budget_q and tensors:
         chosen = config.family(config.rank)
-        chosen.prepare(tensors, next((t for t in tensors if t is setting.head), None), frequencies)
+        head = next((t for t in tensors if t.parameter is setting.objective.head.weight), None)
+        chosen.prepare(tensors, head, frequencies)
         inner = QueryRule(setting, tensors, chosen, group)
     return (inner or Rule(setting, [])) if setting.exact is None else ClosedFormHead(setting, inner)
 
@@ -5219,20 +4923,15 @@ class Trainer:
         tensors = choose_scope(model, phase.scope)
         closed = config.kind.queries and config.head == "closed_form"
         if (closed or (config.kind.queries and not config.family.perturbs_weights)) and not objective.sliced:
-            raise UsageError(
-                "--head closed_form, --direction feedback: this model's logits are not its output layer applied to its "
-                "hidden states; take --head estimated and --direction gaussian"
-            )
+            told = "this model's logits are not its output layer applied to its hidden states; take --head estimated"
+            raise UsageError(f"--head closed_form, --direction feedback: {told} and --direction gaussian")
         exact = next((t for t in tensors if closed and t.parameter is objective.head.weight), None)
         if closed and exact is None:
-            told = f"--scope {config.scope} does not train the head; leave one of them out"
-            raise UsageError(f"--head closed_form: {told}")
+            raise UsageError(f"--head closed_form: --scope {config.scope} does not train the head; leave one out")
         how = {"decay": config.weight_decay, "outer": outer_parameters(model), "exact": exact, "seed": config.seed}
         self.optimizer = Optimizer(phase.optimizer, tensors, objective.workers, **how)
-        batches = (job.corpus.batch, job.bp_corpus.batch, job.query_batch)
-        setting = Setting(
-            config, objective, job.measured, tensors, exact, self.optimizer, job.ranks, *batches, self.factor
-        )
+        shared = config, objective, job.measured, tensors, exact, self.optimizer, job.ranks
+        setting = Setting(*shared, job.corpus.batch, job.bp_corpus.batch, job.query_batch, self.factor)
         self.between = Rule(setting, []) if phase.always else make_rule(setting, job.group, job.corpus.frequencies)
         self.backpropagation = Backpropagation(setting, self.between if config.kind.guided else None)
         self.parts = {"optimizer": self.optimizer, "rule": self.between}  # those whose state outlives the process
@@ -5314,7 +5013,6 @@ class Job:
     done: int = 0  # steps
     forward_tokens: int = 0
     data_tokens: int = 0
-    stage: int = 0  # of the checkpoint that it goes on from
     state: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # the checkpoint's, beside the weights
     trainer: Trainer | None = None  # of the phase entered
 
@@ -5332,10 +5030,10 @@ class Job:
         done = self.done
         phase = [each for each in self.phases if each.first <= done and (each.first < self.total or not done)][-1]
         trainer = Trainer(self, phase)
-        if self.state and self.stage == phase.number:
-            trainer.load(self.state)
-        elif phase.number and done == phase.first:
+        if phase.number and done == phase.first:  # state, if there is some, is of the phase before
             initialize(self.model, self.config.seed, phase.number)
+        elif self.state:
+            trainer.load(self.state)
         trainer.settle(done)
         self.trainer, self.state = trainer, {}
         for line in trainer.banner() if say else []:
@@ -5378,10 +5076,8 @@ def opening(job: Job) -> None:
     config, corpus, trainer, ranks, about = job.config, job.corpus, job.trainer, job.ranks, job.corpus.about
     kind = f"{type(job.model).__name__} from {config.init_from}" if config.init_from else f"Llama {config.model_size}"
     threads = f", {torch.get_num_threads()} threads" if job.objective.device.type == "cpu" else ""
-    rule = f"{config.mode}" + f", directions {config.direction}" * config.kind.queries
-    rate = (
-        f"{config.stage_optimizers or config.optimizer} at {config.stage_learning_rates or f'{config.learning_rate:g}'}"
-    )
+    rates = config.stage_learning_rates or f"{config.learning_rate:g}"
+    rate = f"{config.stage_optimizers or config.optimizer} at {rates}"
     if config.kind.interval:
         rate += f", between backpropagations (every {config.bp_interval} steps) at {config.guided_learning_rate:g}"
     how = f"warm-up {config.warmup_steps}, cosine to {config.min_lr:g}" if config.use_lr_scheduler else "constant rate"
@@ -5392,8 +5088,8 @@ def opening(job: Job) -> None:
     products = ", products by oneDNN" if job.objective.device.type == "cpu" and fast_products() else ""
     lines = [
         f"run directory {job.run.path}",
-        f"mode {rule}; {rate}, {how}",
-        f"model: {kind}, {short(parameter_count(job.model))} parameters",
+        f"mode {config.mode}" + f", directions {config.direction}" * config.kind.queries + f"; {rate}, {how}",
+        f"model: {kind}, {short(job.model.num_parameters())} parameters",
         f"device: {job.objective.device}{threads}{products}, computing in {config.dtype}, weights in {config.weights}",
         f"data: {config.dataset}, {sum(about['documents'].values())} documents, {short(about['tokens']['train'])} "
         f"training tokens in {corpus.blocks} sequences, {len(corpus.validation_rows)} validation sequences used; "
@@ -5403,7 +5099,7 @@ def opening(job: Job) -> None:
     if config.init_from is None:
         lines.append(f"unigram: knowing only how frequent tokens are gives validation loss {job.unigram:.4f}")
     if ranks.size > 1:
-        each = "/".join(sorted({str(len(ranks.share(config.query_budget_q, rank))) for rank in range(ranks.size)}))
+        each = "/".join(sorted({str((config.query_budget_q + rank) // ranks.size) for rank in range(ranks.size)}))
         lines.append(f"ranks: {ranks.size} processes; each measures {each} of a step's queries; files are rank 0's")
     for line in lines + trainer.banner():
         log.info(line)
@@ -5418,26 +5114,25 @@ def check_space(job: Job) -> None:
     due -= min(due, len(job.run.checkpoint_folders()))  # those of an earlier sitting make room
     free = shutil.disk_usage(job.run.path).free
     if free < due * each + 2 * whole:
-        raise StorageError(
-            f"{job.run.path}: {short(free)}B are free, and {due} checkpoints of {short(each)}B and the best one are to "
-            "be kept there at a time; free space, set --log_dir, or lower --keep_checkpoints"
-        )
+        told = f"{short(free)}B are free, and {due} checkpoints of {short(each)}B and the best one are to be kept there"
+        advice = "free space, set --log_dir, or lower --keep_checkpoints"
+        raise StorageError(f"{job.run.path}: {told} at a time; {advice}")
 
 
 def model_card(job: Job, row: dict[str, str]) -> str:
     """Return README.md of an exported model: where it comes from, what it reached, and metadata that the hub reads."""
-    config, corpus, about, rows = job.config, job.corpus, job.corpus.about, job.run.rows
+    config, corpus, about = job.config, job.corpus, job.corpus.about
     library = "peft" if config.export_adapter else "transformers"
     metadata = [f"library_name: {library}", "pipeline_tag: text-generation", "tags: [zeroth-order]"]
     if config.init_from and not Path(config.init_from).is_dir():
         metadata.append(f"base_model: {config.init_from}")
     if config.source.hub:
         metadata.append(f"datasets: [{config.source.hub.path}]")
-    first = next(float(each["val_loss"]) for each in rows if each["val_loss"])
+    _, first = points(job.run.rows, "step", "val_loss")[0]
     facts = {
         "mode": config.mode + f", directions {config.direction}" * config.kind.queries,
         "initial weights": config.init_from or f"a new Llama of size {config.model_size}, seed {config.seed}",
-        "parameters": f"{short(parameter_count(job.model))}, {short(job.trainer.trained)} trained",
+        "parameters": f"{short(job.model.num_parameters())}, {short(job.trainer.trained)} trained",
         "data": f"{config.dataset}, {about['documents']['train']:,} documents, {about['tokens']['train']:,} tokens",
         "tokenizer": f"{config.tokenizer_name}, {len(corpus.tokenizer):,} tokens",
         "single-token frequencies give": f"{job.unigram:.4f}",
@@ -5464,16 +5159,13 @@ class Account:
     def __init__(self, job: Job):
         self.job, self.run, self.config, rows = job, job.run, job.config, job.run.rows
         self.there = {int(row["step"]) for row in rows}
-        self.best = rank_of(best) if (best := best_of(rows)) else (math.inf, math.inf)
-        self.below = min((float(row["val_loss"]) for row in rows if row["val_loss"]), default=math.inf) < job.unigram
         self.ends = {job.total, *(phase.end for phase in job.phases)}
         self.trackers = Trackers(self.run)
         self.before, self.started = float(rows[-1]["seconds"]) if rows else 0.0, job.done
         self.began = self.clock = time.perf_counter()
         self.clocked, self.drawn = (job.done, job.forward_tokens), time.monotonic()
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm.tqdm(total=job.total, initial=job.done, unit="step", dynamic_ncols=True)
+        how = {"unit": "step", "dynamic_ncols": True, "disable": None}  # that is, where there is no terminal
+        self.bar = tqdm.tqdm(total=job.total, initial=job.done, **how)
 
     def open(self) -> None:
         """Validate before the first step."""
@@ -5484,32 +5176,29 @@ class Account:
 
     def row(self, record: Record | None) -> dict[str, str] | None:
         """Write and return the row after the steps done, the last with this record, if it is due and not there."""
-        job, config, done, rows = self.job, self.config, self.job.done, self.job.done * self.config.batch_size
+        job, config, done = self.job, self.config, self.job.done
         validated = done % config.eval_interval == 0 or done in self.ends
         if done in self.there or not (validated or done % config.log_interval == 0):
             return None
-        facts = {"step": done, "epoch": f"{rows / job.corpus.blocks:.4f}", "data_tokens": job.data_tokens}
+        facts = {"step": done, "epoch": done * config.batch_size / job.corpus.blocks}
+        facts |= {"data_tokens": job.data_tokens, "forward_tokens": job.forward_tokens}
         if config.layerwise:
             facts["stage"] = job.trainer.phase.number
         if not math.isnan(met := job.trainer.between.guide_to_gradient):
-            facts["guide_to_gradient"] = f"{met:.4f}"
+            facts["guide_to_gradient"] = met
         if record is not None:
-            facts |= {"loss": f"{record.loss:.6f}", "learning_rate": f"{record.learning_rate:.6g}"}
-            facts["grad_norm"] = f"{record.grad_norm:.6g}"
+            facts |= {name: getattr(record, name) for name in ("loss", "learning_rate", "grad_norm")}
             if len(c := record.projected_grads[np.isfinite(record.projected_grads)]):
-                facts |= {"projected_grad_mean": f"{c.mean():.6g}", "projected_grad_std": f"{c.std():.6g}"}
+                facts |= {"projected_grad_mean": c.mean(), "projected_grad_std": c.std()}
         if validated:
-            loss = validation_loss(job.objective, job.corpus)
+            facts["val_loss"] = loss = validation_loss(job.objective, job.corpus)
             finite(done, validation_loss=loss)
-            facts |= {"val_loss": f"{loss:.6f}", "val_bits_per_byte": f"{job.corpus.bits_per_byte(loss):.6f}"}
-            score = None if job.metric is job.objective else validation_score(job.metric, job.corpus)
-            facts |= {} if score is None else {"val_score": f"{score:.6f}"}
-        facts |= {
-            "forward_tokens": job.forward_tokens,
-            "seconds": f"{self.before + time.perf_counter() - self.began:.3f}",
-        }
-        facts["peak_memory_mib"] = f"{peak_memory_mib(job.objective.device):.0f}"
-        row = {name: str(facts.get(name, "")) for name in METRICS}
+            facts["val_bits_per_byte"] = job.corpus.bits_per_byte(loss)
+            if job.metric is not job.objective:
+                facts["val_score"] = validation_score(job.metric, job.corpus)
+        facts["seconds"] = self.before + time.perf_counter() - self.began
+        facts["peak_memory_mib"] = peak_memory_mib(job.objective.device)
+        row = {name: format(facts[name], form) if name in facts else "" for name, form in METRICS.items()}
         if validated:
             self._validated(row)
         self.run.add_row(row)
@@ -5519,21 +5208,19 @@ class Account:
 
     def _validated(self, row: dict[str, str]) -> None:
         """Keep the best, by the numbers as they are written, so that a resumed run decides alike."""
-        done, loss, rank = self.job.done, float(row["val_loss"]), rank_of(row)
-        if not self.below and loss < self.job.unigram and self.config.init_from is None:
+        done, loss, rows = self.job.done, float(row["val_loss"]), self.run.rows
+        before = min((each for _, each in points(rows, "step", "val_loss")), default=math.inf)
+        if loss < self.job.unigram <= before and self.config.init_from is None:
             log.info(f"step {done}: validation loss {loss:.4f}, below the unigram loss for the first time")
-            self.below = True
-        if rank < self.best and done:
+        if done and best_of([*rows, row]) is row:
             self.job.save(best=True)
-        self.best = min(self.best, rank)
         if done and abs(loss - math.log(size := self.job.objective.head.weight.shape[0])) < 1e-4:
             log.warning(f"step {done}: every one of {size} tokens is expected alike; lower --learning_rate")
 
     def step(self, record: Record, measured: bool) -> None:
         """Keep account of a step; `measured` is whether it was not in the journal."""
         config, job, done, row = self.config, self.job, self.job.done, self.row(record)
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
         if row is not None:
             self._progress(row)
         if not measured:  # replayed steps are no measure of those to come
@@ -5553,9 +5240,9 @@ class Account:
         line += f"  {self.config.eval_metric} {float(row['val_score']):.4f}" if row["val_score"] else ""
         line += f"  lr {float(row['learning_rate']):.2e}  |g| {float(row['grad_norm']):.2e}"
         line += f"  {short(tokens / seconds)} forward tok/s"
-        log.log(logging.DEBUG if self.bar else logging.INFO, f"step {job.done}/{job.total}  {line}  ETA {left}")
-        if self.bar is not None:
-            self.bar.set_postfix_str(line)
+        level = logging.INFO if self.bar.disable else logging.DEBUG
+        log.log(level, f"step {job.done}/{job.total}  {line}  ETA {left}")
+        self.bar.set_postfix_str(line)
 
     def draw(self) -> Path | None:
         self.drawn = time.monotonic()
@@ -5567,8 +5254,7 @@ class Account:
         log.info(f"sample after step {self.job.done}: {json.dumps(text, ensure_ascii=False)}")
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         self.trackers.close()
 
     def end(self) -> None:
@@ -5582,21 +5268,16 @@ class Account:
             return
         if config.prompt is not None:
             self.sample()
-        row, best = next(row for row in run.rows if int(row["step"]) == done), best_of(run.rows)
-        low = lowest(run.rows)
-        first = next(float(each["val_loss"]) for each in run.rows if each["val_loss"])
-        least, last = float(low["val_loss"]), float(row["val_loss"])
-        log.info(
-            f"validation loss {first:.4f} at the start; best {least:.4f} at step {low['step']} (perplexity "
-            f"{math.exp(min(least, 700)):.1f}); last {last:.4f} (perplexity {math.exp(min(last, 700)):.1f}, "
-            f"{row['val_bits_per_byte']} bits a byte)"
-        )
+        row, best, losses = run.rows[-1], best_of(run.rows), points(run.rows, "step", "val_loss")
+        (at, least), last = min(losses, key=operator.itemgetter(1)), losses[-1][1]
+        of_least, of_last = (f"perplexity {math.exp(min(loss, 700)):.1f}" for loss in (least, last))
+        line = f"validation loss {losses[0][1]:.4f} at the start; best {least:.4f} at step {at:.0f} ({of_least})"
+        log.info(f"{line}; last {last:.4f} ({of_last}, {row['val_bits_per_byte']} bits a byte)")
         if row["val_score"]:
             start, most, end = (float(each["val_score"]) for each in (run.rows[0], best, row))
             log.info(f"{config.eval_metric} {start:.4f} at the start; best {most:.4f}; last {end:.4f}")
         if job.ranks.size > 1:
-            bytes_sent = job.ranks.sent / max(1, done - self.started)
-            log.info(f"ranks: rank 0 sent the others {bytes_sent:.0f} bytes a step")
+            log.info(f"ranks: rank 0 sent the others {job.ranks.sent / max(1, done - self.started):.0f} bytes a step")
         best_folder = run.checkpoints / "best"
         kept = f", best {best_folder}" * best_folder.exists()
         log.info(f"wrote {run.path / 'metrics.csv'}" + (f", {picture}" if picture else "") + f", {checkpoint}{kept}")
@@ -5635,7 +5316,7 @@ def prepared(config: Config, run: RunDirectory | None, ranks: Ranks) -> Iterator
             names = {name for name in (config.objective, config.eval_metric) if name not in (None, "loss", *SCORES)}
             facts |= {name: file_digest(Path(name.rpartition(":")[0])) for name in sorted(names)}
             facts |= {"weights": weights_digest(model)} if config.init_from else {}  # which a replay begins with
-            run.pin("corpus.json", facts)
+            run.pin(facts)
         model = model.to(workers.device)
         objective = Objective(model, workers, torch.bfloat16 if config.dtype == "bfloat16" else None)
         with contextlib.closing(Journal(run and run.path / "journal.jsonl", config.identity)) as journal:
@@ -5656,15 +5337,14 @@ def restore(job: Job) -> None:
     for folder in reversed(job.run.checkpoint_folders()):
         fault = folder_fault(folder)
         about = {} if fault else read_json(folder / "state.json")
-        fault = fault or ("it is another run's" if about.get("run") != job.config.identity else None)
-        if fault:
-            log.warning(f"passed over {folder}: {fault}")
+        if fault or about.get("run") != job.config.identity:
+            log.warning(f"passed over {folder}: {fault or 'of another run'}")
             set_aside(folder)
             continue
         try:
             load_weights(job.model, folder)
             job.state = load_file(folder / "optimizer.safetensors")
-            job.done, job.stage, job.forward_tokens = about["step"], about["stage"], about["forward_tokens"]
+            job.done, job.forward_tokens = about["step"], about["forward_tokens"]
             job.data_tokens = about.get("data_tokens", job.done * job.config.batch_size * job.config.block_size)
             break
         except (LookupError, TypeError, ValueError, RuntimeError, OSError, safetensors.SafetensorError) as error:
@@ -5685,16 +5365,15 @@ def unite(job: Job) -> None:
         return
     ahead = [journal.get(step) for step in sorted(journal.places) if step >= job.done]
     shapes = {name: (value.dtype, value.shape) for name, value in job.state.items()}
-    where, shapes, ahead = ranks.hand_out(((job.done, job.stage), shapes, ahead))  # counting tokens is rank 0's
+    job.done, shapes, ahead = ranks.gather((job.done, shapes, ahead))[0]  # counting tokens is rank 0's
     if not ranks.first:
-        job.done, job.stage = where
         job.state = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
         journal.memory = {record.step: record for record in ahead}
     if job.done:
         ranks.broadcast([*job.state.values(), *plain_tensors(job.model)], "at the start")
     facts = {
         "tokens": file_digest(job.corpus.folder / MANIFEST)[:12],
-        "weights": sample_digest(job.model, job.config.seed, job.done)[:12],
+        "weights": weights_digest(job.model, (job.config.seed, job.done))[:12],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "products": "oneDNN" if fast_products() else "torch",
         "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
@@ -5705,12 +5384,11 @@ def unite(job: Job) -> None:
 
 def check_ranks(job: Job) -> None:
     """Raise RankError on all ranks where one has other weights than rank 0."""
-    digests = job.ranks.gather(sample_digest(job.model, job.config.seed, job.done), f"step {job.done}")
+    digests = job.ranks.gather(weights_digest(job.model, (job.config.seed, job.done)), f"step {job.done}")
     if odd := [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]:
-        raise RankError(
-            f"step {job.done}: other weights on rank {', '.join(odd)} than on rank 0; do all run on the same kind of "
-            "device, with the same versions? Start the ranks again with --resume to go on"
-        )
+        told = f"step {job.done}: other weights on rank {', '.join(odd)} than on rank 0"
+        asked = "do all run on the same kind of device, with the same versions?"
+        raise RankError(f"{told}; {asked} Start the ranks again with --resume to go on")
 
 
 def train(job: Job) -> int:
@@ -5756,10 +5434,8 @@ def resumed_config(wanted: Config, given: set[str], path: Path) -> Config:
     stored = read_config(path)
     given = {name for name in given if "action" not in FIELDS[name].metadata} - {"log_dir"}
     changes = {name: getattr(wanted, name) for name in given if getattr(wanted, name) != getattr(stored, name)}
-    fixed = {name for name in changes if "free" not in FIELDS[name].metadata}
-    fixed |= {"epochs"} if stored.layerwise else set()
-    fixed |= {"epochs", "max_steps"} if stored.use_lr_scheduler else set()
-    if refused := sorted(fixed & set(changes)):
+    lengths = ["epochs"] * stored.layerwise + ["epochs", "max_steps"] * stored.use_lr_scheduler
+    if refused := sorted(name for name in changes if name in lengths or "free" not in FIELDS[name].metadata):
         lines = [f"--{name} {changes[name]}: the run has {getattr(stored, name)}" for name in refused]
         raise UsageError("\n".join([f"--resume {path}: these flags shape the result and can't change", *lines]))
     config = dataclasses.replace(stored, **changes)
@@ -5777,8 +5453,7 @@ def run_or_resume(config: Config, given: set[str], ranks: Ranks) -> int:
     elif ranks.first:
         run = RunDirectory.create(config)
     try:
-        flags = ranks.hand_out(dataclasses.asdict(run.config) if run else None)
-        with prepared(Config(**flags), run, ranks) as job:
+        with prepared(ranks.gather(run and run.config)[0], run, ranks) as job:
             if run and config.resume:
                 restore(job)
             unite(job)
@@ -5840,30 +5515,26 @@ def rehearse(job: Job) -> None:
     validations, saves = 2 + total // config.eval_interval, 1 + total // config.save_interval
     whole = first * backward + other * (total - backward) + validation * validations + saving * saves
     size, kept = sum(path.stat().st_size for path in folder.iterdir()), min(config.keep_checkpoints, saves) + 1
-    log.info(
-        f"dry run: validation loss {loss:.4f} ({validation:.2f} s), two steps ({first:.2f} s and {other:.2f} s), a "
-        f"checkpoint written and read back ({saving:.2f} s, {short(size, 'G')}B)"
-    )
-    log.info(
-        f"the whole run: {total} steps in about {duration(whole)}; disk {short(kept * size, 'G')}B ({kept} "
-        f"checkpoints); peak memory so far {peak_memory_mib(job.objective.device):.0f} MiB"
-    )
+    steps = f"two steps ({first:.2f} s and {other:.2f} s)"
+    checkpoint = f"a checkpoint written and read back ({saving:.2f} s, {short(size, 'G')}B)"
+    log.info(f"dry run: validation loss {loss:.4f} ({validation:.2f} s), {steps}, {checkpoint}")
+    disk = f"disk {short(kept * size, 'G')}B ({kept} checkpoints)"
+    peak = f"peak memory so far {peak_memory_mib(job.objective.device):.0f} MiB"
+    log.info(f"the whole run: {total} steps in about {duration(whole)}; {disk}; {peak}")
     log.info("nothing was kept but the tokens")
 
 
 def replay(wanted: Config, ranks: Ranks) -> int:
     """Rebuild the model after a step from the seed and the journal, write it, and check it; return the exit code."""
-    config = read_config(Path(wanted.replay))
+    path = Path(wanted.replay)
     beside = {name: getattr(wanted, name) for name in ("num_threads", "offline", "cache_dir") if getattr(wanted, name)}
-    config = dataclasses.replace(config, **beside)
-    run = RunDirectory(Path(wanted.replay), config)
-    with contextlib.closing(run), prepared(config, run, ranks) as job:
+    run = RunDirectory(path, dataclasses.replace(read_config(path), **beside))
+    with contextlib.closing(run), prepared(run.config, run, ranks) as job:
         journal, step = job.journal, wanted.replay_step
         step = max(journal.places, default=-1) + 1 if step is None else step
-        missing = next((each for each in range(step) if each not in journal.places), None)
-        if missing is not None:
-            told = f"{journal.path} has no whole record of step {missing}; --replay_step {missing} works"
-            raise UsageError(f"--replay: {told}")
+        gap = next((each for each in range(step) if each not in journal.places), None)
+        if gap is not None:
+            raise UsageError(f"--replay: {journal.path} has no whole record of step {gap}; --replay_step {gap} works")
         began = time.perf_counter()
         job.enter()
         while job.done < step:
@@ -5950,7 +5621,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         if ranks.farewell(error):
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return error.exit_code
+        return EXIT_CODES[type(error)]
     except KeyboardInterrupt as error:
         print("interrupted before training", file=sys.stderr)
         return 128 + (error.args[0] if error.args else signal.SIGINT)

@@ -635,7 +635,7 @@ def directions(b: Bench, queries: zo.Queries) -> list[np.ndarray]:
     for tensor, query in itertools.product(b.tensors, range(queries.q)):
         direction = queries.family.direction(tensor, queries.at(query))
         for block in tensor.blocks:
-            direction.block(block, zs[tensor.index][query, tensor.span(block)])
+            direction(block, zs[tensor.index][query, tensor.span(block)])
     return [z.flatten(1).numpy() for z in zs]
 
 

@@ -104,7 +104,7 @@ def steps(config: zo.Config, device: torch.device, fetches: Fetches, count: int 
         job.query_batch = lambda step: job.measured.sequences(corpus, "train", corpus.rows(step))
         job.ranks, job.total = zo.Ranks(), count
         job.group = 2 if config.parallel_q_computation else 0
-        phase = zo.Phase(0, 0, count, config.scope, config.optimizer, config.learning_rate, config.kind.always)
+        phase = zo.Phase(0, 0, count, config.scope, config.optimizer, config.learning_rate, not config.kind.queries)
         trainer = zo.Trainer(job, phase)
         trainer.settle(0)
         for step in range(count):

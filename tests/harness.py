@@ -76,8 +76,7 @@ def fitting(given: dict) -> dict:
         return given
     typed = {name: value for name, value in flags.items() if value is not None and name in zo.FIELDS}
     config = zo.Config(**{name: str(v) if isinstance(v, Path) else v for name, v in typed.items()})
-    needs = {name: zo.FIELDS[name].metadata.get("needs") for name in FLAGS if name not in given}
-    idle = {name for name, need in needs.items() if need and not zo.NEEDS[need][0](config)}
+    idle = {name for name in FLAGS if name not in given and zo.lacking(config, name)}
     return {name: value for name, value in flags.items() if name not in idle}
 
 

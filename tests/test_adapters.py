@@ -164,10 +164,10 @@ def test_int8_weights_take_a_byte_each_and_a_difference_is_seen(saved, torchao):
     stored = [values for values in zo.plain_tensors(model) if values.dtype == torch.int8 and values.numel() > 48]
     assert {values.numel(): values.nbytes for values in stored} == {32 * 32: 32 * 32, 32 * 48: 32 * 48}
     assert config.dtype == "float32"
-    before = zo.weights_digest(model), zo.sample_digest(model, 0, 0)
+    before = zo.weights_digest(model), zo.weights_digest(model, (0, 0))
     stored[-1].add_(1)  # most are not at the top
     assert zo.weights_digest(model) != before[0]
-    assert zo.sample_digest(model, 0, 0) != before[1]
+    assert zo.weights_digest(model, (0, 0)) != before[1]
 
 
 def test_int8_weights_are_refused_where_they_make_no_sense(runs, saved, failure, monkeypatch):  # noqa: F811

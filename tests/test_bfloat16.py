@@ -90,7 +90,7 @@ def test_small_estimates_are_not_lost(name, workers, small_blocks):
     (tensor,) = tensors = zo.trainable_tensors([("w", parameter)], half=True)
     queries, z = zo.Queries(zo.DIRECTIONS[name](4), 0, 0, 1, 1e-3), torch.empty(128, 64)
     for block in tensor.blocks:
-        queries.directions(0, tensors)[0].block(block, z[tensor.span(block)])
+        queries.directions(0, tensors)[0](block, z[tensor.span(block)])
     zo.Optimizer("sgd", tensors, workers).apply_estimate(tensors, queries, np.array([1.0]), 2.0**-7 / 20)
     moved = 1.5 - tensor.matrix.float()
     assert (moved * z).sum().item() == pytest.approx((2.0**-7 / 20 * z * z).sum().item(), rel=0.15)
@@ -115,7 +115,7 @@ def test_losses_are_at_the_weights_plus_and_minus_epsilon_z(name, workers, small
                     queries.family.direction(tensor, queries.at(query)),
                 )
                 for block in tensor.blocks:
-                    direction.block(block, z[tensor.span(block)])
+                    direction(block, z[tensor.span(block)])
                 parameter.data.add_(sign * queries.epsilon * z.view_as(parameter))
             loss = zo.Objective(other, workers, torch.bfloat16).losses(ids, ids).item()
             assert found[query, column] == pytest.approx(loss, abs=4e-3)

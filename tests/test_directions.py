@@ -30,7 +30,7 @@ def whole(family, tensor: zo.Tensor, seed=0, step=0, query=0) -> torch.Tensor:
     direction = family.direction(tensor, zo.Coordinates(seed, step, query))
     z = torch.full((tensor.rows, tensor.columns), math.nan, dtype=tensor.parameter.dtype)
     for block in reversed(tensor.blocks):
-        direction.block(block, z[tensor.span(block)])
+        direction(block, z[tensor.span(block)])
     return z
 
 
@@ -71,7 +71,7 @@ def test_each_coordinate_makes_an_independent_direction_and_nothing_else_does(fa
     first, second = tensors_of((256, 256), (256, 256))
     z = whole(family, first, seed=0, step=3, query=1)
     out = torch.empty(1, 256)
-    family.direction(first, zo.Coordinates(0, 3, 1)).block(7, out)
+    family.direction(first, zo.Coordinates(0, 3, 1))(7, out)
     assert torch.equal(out, z[7:8])
     others = [whole(family, first, *at) for at in [(0, 3, 2), (0, 4, 1), (1, 3, 1), (0, 1, 3)]]
     others += [whole(family, second, 0, 3, 1), z.roll(1, 0)]  # of another tensor, and of the next block
