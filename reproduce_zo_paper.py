@@ -1,6 +1,6 @@
 """Train language models without backpropagation: zeroth-order (ZO) estimates from forward passes alone.
 
-After S. Allaire, M. Ghazvini Nejad, S. Le Digabel, V. Partovi Nia, "Zeroth Order Optimization for Pretraining Language
+After N. Allaire, M. Ghazvini Nejad, S. Le Digabel, V. Partovi Nia, "Zeroth Order Optimization for Pretraining Language
 Models", ICPRAM 2025 (doi 10.5220/0013261100003905), with the in-place, seed-regenerated perturbation of MeZO (Malladi
 et al. 2023) and queries that share forward passes. Everything random is a function of its coordinates,
 
@@ -556,7 +556,7 @@ def build_parser() -> argparse.ArgumentParser:
     for field in FIELDS.values():
         about, kind, how = field.metadata, field.type.split()[0], {"action": "store_true"}
         shown = about.get("shown", field.default)
-        text = about["help"] + (f" (default: {shown})" if shown not in (None, False) else "")
+        text = about["help"] + (f" (default: {shown})" if shown is not None and kind != "bool" else "")
         if kind != "bool":
             names = choices_of(field) or ({"int": "N", "float": "X", "list": "RUN"}.get(kind, "TEXT"),)
             how = {"metavar": "|".join((*names, *about.get("words", ()))), "nargs": about.get("nargs")}
@@ -845,9 +845,9 @@ def normal_levels() -> torch.Tensor:
 
 @functools.cache
 def byte_signs() -> torch.Tensor:
-    """Return the bits of every byte as +1 and -1, the low bit first, float32 [256, 8]."""
+    """Return the bits of every byte as +1 and -1, the low bit first: int64 [256], each of eight int8."""
     bits = torch.arange(256)[:, None] >> torch.arange(8)
-    return (bits % 2 * 2 - 1).float()
+    return (bits % 2 * 2 - 1).to(torch.int8).view(torch.int64)[:, 0]
 
 
 def normals(out: torch.Tensor, *coordinates: int) -> torch.Tensor:
@@ -1695,10 +1695,9 @@ class Rademacher(Gaussian):
         if out.device.type != "cpu":
             out.bernoulli_(generator=stream(out.device, *coordinates)).mul_(2.0).sub_(1.0)
             return
-        flat, whole, signs = out.view(-1), out.numel() // 8, byte_signs()
         drawn = random_bytes(-(-out.numel() // 8), out.device, *coordinates).to(torch.int32)
-        torch.index_select(signs, 0, drawn[:whole], out=flat[: 8 * whole].view(-1, 8))
-        flat[8 * whole :] = torch.index_select(signs, 0, drawn[whole:]).view(-1)[: out.numel() - 8 * whole]
+        signs = torch.index_select(byte_signs(), 0, drawn).view(torch.int8)
+        out.copy_(signs[: out.numel()].view_as(out))
 
 
 class LowRank(Gaussian):
@@ -1938,7 +1937,7 @@ class Grid:
         for (tensor, block), largest in largest_values(tensors, workers).items():
             above = 2.0 ** math.ceil(math.log2(largest + margin))
             self.spacing[tensor, block] = above * torch.finfo(tensor.dtype).eps / 2
-        self.position = dict.fromkeys(self.spacing, 0)  # of each block, in units of epsilon z
+        self.places = dict.fromkeys(self.spacing, (None, 0))  # of each block: its directions, and their sign
         workers.each(self._round, self.spacing)
 
     def _round(self, unit: tuple[Tensor, int]) -> None:
@@ -1948,18 +1947,21 @@ class Grid:
         torch.mul(theta, 1 / spacing, out=scratch)
         torch.mul(scratch.round_(), spacing, out=theta).add_(0.0)  # no -0.0, which sums don't return to
 
-    def move(self, directions: dict, position: int) -> None:
-        """Take every block in place to theta + position epsilon z (1, -1, 0), from wherever it is.
+    def move(self, directions: dict | None, sign: int = 0) -> None:
+        """Take every block in place to theta + sign epsilon z, or back to theta, from wherever it is.
 
-        z is regenerated a block at a time. Where a block fails, the others are moved, and each one's place is known.
+        z is regenerated a block at a time; from one direction to the next a block is read from memory once. Where a
+        block fails, the others are moved, and each one's place is known.
         """
 
         def work(unit: tuple[Tensor, int]) -> None:
-            (tensor, block), spacing = unit, self.spacing[unit]
-            if times := position - self.position[unit]:
-                z = draw(directions[tensor.index], tensor, block, self.workers).mul_(self.epsilon / spacing).round_()
-                tensor.matrix[tensor.span(block)].add_(z, alpha=times * spacing)
-                self.position[unit] = position
+            (tensor, block), spacing, (there, at) = unit, self.spacing[unit], self.places[unit]
+            ways = [(directions, sign)] if there is directions else [(there, 0), (directions, sign)]
+            for way, to in ways:
+                if to != at:
+                    z = draw(way[tensor.index], tensor, block, self.workers).mul_(self.epsilon / spacing).round_()
+                    tensor.matrix[tensor.span(block)].add_(z, alpha=(to - at) * spacing)
+                self.places[unit], at = (way, to), to
 
         self.workers.each(work, self.spacing)
 
@@ -1995,14 +1997,14 @@ def sequential_losses(loss: Callable, grid: Grid, batch: Batch, queries: Queries
     module. The weights are on a grid and come back bit for bit, also when a forward pass fails.
     """
     losses = []
-    for query in chosen:
-        seen, directions = batch(query), queries.directions(query, grid.tensors)
-        try:
+    try:
+        for query in chosen:
+            seen, directions = batch(query), queries.directions(query, grid.tensors)
             for sign in (1, -1):
                 grid.move(directions, sign)
                 losses.append(loss(*seen))
-        finally:
-            grid.move(directions, 0)
+    finally:
+        grid.move(None)
     return torch.stack(losses).view(-1, 2).cpu().double().numpy()  # fetched from the device once
 
 
@@ -2112,7 +2114,8 @@ class Batched:
         flat = self.grouped(ids[..., None])[..., 0]
         if self.family.factored(tensor):
             zs, dtype = [own[tensor.index] for own in self.directions], tensor.dtype
-            out = torch.stack([z.left[rows].to(dtype) @ z.right.T.to(dtype) for z, rows in zip(zs, flat)])
+            with torch.autocast(ids.device.type, enabled=False):  # in float32, as dense ones are
+                out = torch.stack([z.left[rows].to(dtype) @ z.right.T.to(dtype) for z, rows in zip(zs, flat)])
             out = out.mul_(self.epsilon * self.plus_minus.to(out.dtype).view(1, 2, 1, 1)).add_(tensor.matrix[flat])
         else:
             out = self._dense_embedding(tensor, flat)
@@ -3778,7 +3781,9 @@ def prepare_corpus(config: Config, source: Source, given, device: torch.device) 
     `given` is the tokenizer, unless it is GPT-2's or to be trained. The folder is written beside its place and renamed
     when whole. A second process waits for the first one's; what a killed process left is cleared away by the next.
     """
-    identity = given.backend_tokenizer.to_str() if given else config.tokenizer_name
+    identity = config.tokenizer_name
+    if given:
+        identity = [given.backend_tokenizer.to_str(), given.chat_template, given.eos_token]
     key = hashlib.sha256(json.dumps([TOKEN_FORMAT, dataset_identity(source), identity]).encode()).hexdigest()[:20]
     folder, staged = config.cache / f"tokens-{key}", config.cache / f"partial-{key}"
     with storing(config.cache):
@@ -4641,7 +4646,8 @@ def read_config(path: Path) -> Config:
     if odd := sorted(set(flags) - set(FIELDS)):
         raise UsageError(f"{where}: of another version of this script, which has no --{', --'.join(odd)}")
     faults = [f"--{name} {v}: {fault}" for name, v in flags.items() if (fault := value_fault(FIELDS[name], v))]
-    if faults := faults or value_faults(Config(**flags)) + text_faults(Config(**flags | {"dataset": "embedded"})):
+    no_data = flags | {"dataset": "embedded", "bp_dataset": None}  # what became of it shows where it is opened
+    if faults := faults or value_faults(Config(**flags)) + text_faults(Config(**no_data)):
         raise UsageError("\n".join(f"{where}: {fault}" for fault in faults))
     config = Config(**flags)
     if (config.measures or config.weights == "bfloat16") and about.get("direction_format", 1) != DIRECTION_FORMAT:
