@@ -28,14 +28,14 @@ def cache(tmp_path_factory) -> Path:
 @pytest.fixture
 def miniature(monkeypatch) -> None:
     """`--model_size tiny` is a model of 30 thousand parameters."""
-    harness.shrink(monkeypatch.setitem)
+    harness.shrink(monkeypatch)
 
 
 class Runs:
     """The script on small numbers, its run directories under one folder."""
 
     def __init__(self, folder: Path, cache: Path):
-        self.folder, self.cache = folder, cache
+        self.folder, self.cache, self.pictures = folder, cache, False
 
     def flags(self, name: str = "logs", **flags) -> dict:
         return harness.fitting({"log_dir": self.folder / name, "cache_dir": self.cache} | flags)
@@ -46,7 +46,7 @@ class Runs:
 
     def main(self, words: list[str]) -> int:
         with pytest.MonkeyPatch.context() as patch:
-            harness.shrink(patch.setitem)
+            harness.shrink(patch, self.pictures)
             return zo.main(words)
 
     def train(self, name: str = "logs", **flags) -> Path:
@@ -57,15 +57,16 @@ class Runs:
     def resume(self, run: Path, **flags) -> int:
         return self.main(harness.argv(resume=run, **flags))
 
-    def whole_and_resumed(self, max_steps: int, **flags) -> tuple[Path, Path]:
-        """A run, and the same one resumed from the checkpoint before its last, which is damaged."""
+    def goes_on(self, max_steps: int, **flags) -> Path:
+        """A run: the same one, resumed from the checkpoint before its last, which is damaged, and its replay are it."""
         whole = self.train("whole", **flags, max_steps=max_steps)
         run = self.train("logs", **flags, max_steps=max_steps, save_interval=2)
         (weights,) = harness.last_checkpoint(run).glob("*model.safetensors")  # or adapter_model.safetensors
         harness.damage(weights, "flipped")
         (run / "finished.json").unlink()
-        assert self.resume(run) == 0
-        return whole, run
+        self.complete(run, whole)
+        assert self.replay(whole) == 0
+        return whole
 
     def complete(self, run: Path, whole: Path, **flags) -> None:
         """Resumes a run, which must then be the same as one that nothing disturbed."""
@@ -145,15 +146,42 @@ def errors(capsys):
 
 @pytest.fixture
 def failure(capsys):
-    """Calls a run that must fail; (exit code, its one line on standard error)."""
+    """Calls what must end with an exit code and one line on standard error, which has these words; the line."""
 
-    def failing(call, *args, **flags) -> tuple[int, str]:
+    def failing(words, call, *args, code: int = 2, **flags) -> str:
         capsys.readouterr()
-        code = call(*args, **flags)
+        found = call(*args, **flags)
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-        return code, line
+        assert (found, line[:7], str(words) in line) == (code, "error: ", True), line
+        return line
 
     return failing
+
+
+# Models of many kinds, by their names in transformers, as small as they can be.
+SHAPE = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SHAPE |= {"max_position_embeddings": 64, "intermediate_size": 48}
+GPT2 = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+OWN = {"Qwen2": {"num_key_value_heads": 1}, "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "GPT2": GPT2}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Makes a model with its tokenizer in a folder, as transformers saves them."""
+    import torch
+    import transformers
+
+    def save(architecture: str = "Llama", options: dict | None = None, **changes) -> Path:
+        shape = (OWN[architecture] if architecture == "GPT2" else SHAPE | OWN.get(architecture, {})) | changes
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            about = getattr(transformers, f"{architecture}Config")(**shape)
+            transformers.AutoModelForCausalLM.from_config(about).save_pretrained(tmp_path / "model", **options or {})
+        tokenizer = zo.trained_tokenizer(zo.embedded_passages()[:20], shape["vocab_size"])
+        zo.save_tokenizer(zo.wrapped_tokenizer(tokenizer), tmp_path / "model")
+        return tmp_path / "model"
+
+    return save
 
 
 @pytest.fixture

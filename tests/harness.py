@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
 for folder in (HERE, ROOT):
@@ -80,14 +82,19 @@ def fitting(given: dict) -> dict:
     return {name: value for name, value in flags.items() if name not in idle}
 
 
-def shrink(setter=dict.__setitem__) -> None:
-    """Makes `tiny` the miniature, and blocks small."""
-    setter(zo.MODEL_SIZES, "tiny", MINIATURE)
+def shrink(patch: pytest.MonkeyPatch, pictures: bool = False) -> None:
+    """Make `tiny` the miniature and blocks small; pictures are planned, but not rendered, and no disk is waited for."""
+    from matplotlib.figure import Figure
+
+    patch.setitem(zo.MODEL_SIZES, "tiny", MINIATURE)
     for device in ("cpu", "cuda"):
-        setter(zo.BLOCK_ELEMENTS, device, MINIATURE_BLOCK)
+        patch.setitem(zo.BLOCK_ELEMENTS, device, MINIATURE_BLOCK)
+    patch.setattr(os, "fsync", lambda descriptor: None)
+    if not pictures:
+        patch.setattr(Figure, "savefig", lambda self, file, **how: file.write(b"a picture"))
 
 
-def llama(dtype: str = "float32", tied: bool = True):
+def llama(dtype: str = "float32", tied: bool = True, layers: int = 2):
     """A Llama of 7 thousand parameters with weights large enough that every one matters."""
     import torch
     import transformers
@@ -96,7 +103,7 @@ def llama(dtype: str = "float32", tied: bool = True):
         vocab_size=61,
         hidden_size=24,
         intermediate_size=40,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -135,8 +142,27 @@ def timeless(run: Path) -> list[dict[str, str]]:
     return [{name: value for name, value in row.items() if name not in TIME_COLUMNS} for row in metrics(run)]
 
 
+def column(run: Path, name: str) -> list[float]:
+    """What metrics.csv has of it, from row to row."""
+    return [float(row[name]) for row in metrics(run) if row[name]]
+
+
 def last_checkpoint(run: Path) -> Path:
     return max((run / "checkpoints").glob("step_*"))
+
+
+def weights(run: Path, step: int | None = None, file: str = "model") -> dict:
+    """The tensors of a run's checkpoint, of its last one unless a step is named."""
+    from safetensors.torch import load_file
+
+    folder = last_checkpoint(run) if step is None else run / "checkpoints" / f"step_{step:08d}"
+    return load_file(folder / f"{file}.safetensors")
+
+
+def moved(one: dict, other: dict) -> set[str]:
+    """The names of the tensors that differ."""
+    assert one.keys() == other.keys()
+    return {name for name, value in one.items() if not value.equal(other[name])}
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -294,7 +320,7 @@ def _child(words: list[str], log: str, fault: tuple, environment: dict[str, str]
     os.dup2(out, 2)
     # A forked process starts with the test runner's signal handling undone, like one from a shell.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    shrink()
+    shrink(pytest.MonkeyPatch())
     if fault:
         globals()[fault[0]](*fault[1:])
     sys.exit(zo.main(words))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_init_from import ARCHITECTURES, flags, saved, validation  # noqa: F401
+from test_init_from import flags, validation
 
 import reproduce_zo_paper as zo
 
@@ -28,25 +28,22 @@ def loaded(folder) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "GPT2"])
-def test_peft_reads_the_adapter_and_the_merged_model_is_the_same(runs, saved, architecture):  # noqa: F811
+def test_peft_reads_the_adapter_and_the_merged_model_is_the_same(runs, saved, architecture):
     """The logits of three: peft's, of the checkpoint; the exported model's; by hand, base and product in float64."""
     folder, out = saved(architecture), runs.folder / "exported"
     targets = {"lora_targets": "c_attn,c_proj"} if architecture == "GPT2" else {}
     given = flags(folder, **LORA, **targets, max_steps=6, export_dir=out)
     run = runs.train(**given)
     merged, base = loaded(out), loaded(folder)
-    state, adapter = base.state_dict(), load_file(harness.last_checkpoint(run) / "adapter_model.safetensors")
+    state, adapter = base.state_dict(), harness.weights(run, file="adapter_model")
     assert not {"adapter_model.safetensors", "adapter_config.json"} & {path.name for path in out.iterdir()}
-    assert sum(value.numel() for value in adapter.values()) == sum(
-        v.numel() for k, v in adapter.items() if "lora_" in k
-    )
+    assert all("lora_" in name for name in adapter)
     for name in [name for name in adapter if name.endswith("lora_A.weight")]:
         a, b = adapter[name], adapter[name.replace("lora_A", "lora_B")]
         assert b.abs().max() > 0
         product = (b.double() @ a.double()).float()
-        state[name.removeprefix("base_model.model.").replace("lora_A.", "")] += (
-            product.T if architecture == "GPT2" else product
-        )
+        product = product.T if architecture == "GPT2" else product
+        state[name.removeprefix("base_model.model.").replace("lora_A.", "")] += product
     base.load_state_dict(state)
     assert torch.allclose(logits(base), logits(merged), atol=1e-5)
     assert not torch.allclose(logits(loaded(folder)), logits(merged), atol=1e-3)
@@ -55,7 +52,7 @@ def test_peft_reads_the_adapter_and_the_merged_model_is_the_same(runs, saved, ar
     assert torch.allclose(logits(with_adapter), logits(merged), atol=1e-5)
 
 
-def test_an_exported_adapter_is_what_peft_expects(runs, saved):  # noqa: F811
+def test_an_exported_adapter_is_what_peft_expects(runs, saved):
     out = runs.folder / "adapter"
     runs.train(**flags(saved(), **LORA, max_steps=3, export_dir=out, export_adapter=True, export_best=True))
     about = json.loads((out / "adapter_config.json").read_text())
@@ -64,12 +61,7 @@ def test_an_exported_adapter_is_what_peft_expects(runs, saved):  # noqa: F811
     assert Path(about["base_model_name_or_path"]).is_absolute()
     assert "library_name: peft" in (out / "README.md").read_text()
     assert not (out / "model.safetensors").exists()
-    named = {
-        f"base_model.model.model.layers.{at}.self_attn.{x}_proj.lora_{y}.weight"
-        for at in (0, 1)
-        for x in "qv"
-        for y in "AB"
-    }
+    named = {f"base_model.model.{layer}.lora_{x}.weight" for layer in about["target_modules"] for x in "AB"}
     assert set(load_file(out / "adapter_model.safetensors")) == named
 
 
@@ -86,23 +78,17 @@ def test_an_exported_adapter_is_what_peft_expects(runs, saved):  # noqa: F811
     ],
     ids=lambda more: "-".join(map(str, more.values())) or "plain",
 )
-def test_only_adapters_move_and_resume_and_replay_are_bitwise(runs, saved, more):  # noqa: F811
+def test_only_adapters_move_and_resume_and_replay_are_bitwise(runs, saved, more):
     folder = saved()
-    base = load_file(folder / "model.safetensors")
-    given = flags(folder, **LORA | {"query_budget_q": 3} | more)
-    whole = runs.train("whole", **given, max_steps=5, export_dir=runs.folder / "merged")
-    run = runs.train("logs", **given, max_steps=5, save_interval=2, export_dir=runs.folder / "again")
-    harness.damage(harness.last_checkpoint(run) / "adapter_model.safetensors", "flipped")
-    (run / "finished.json").unlink()
-    assert runs.resume(run, export_dir=runs.folder / "third") == 0
-    assert harness.differences(whole, run) == []
-    assert runs.replay(whole) == 0
-    merged = load_file(runs.folder / "merged" / "model.safetensors")
-    moved = {name for name in base if not torch.equal(base[name], merged[name])}
-    assert moved == {f"model.layers.{at}.self_attn.{x}_proj.weight" for at in (0, 1) for x in "qv"}
+    whole = runs.goes_on(5, **flags(folder, **LORA | {"query_budget_q": 3} | more))
+    assert runs.resume(whole, export_dir=runs.folder / "merged") == 0
+    base, merged = (load_file(at / "model.safetensors") for at in (folder, runs.folder / "merged"))
+    assert harness.moved(base, merged) == {
+        f"model.layers.{at}.self_attn.{x}_proj.weight" for at in (0, 1) for x in "qv"
+    }
 
 
-def test_batched_adapters_are_measured_as_in_place(saved, workers):  # noqa: F811
+def test_batched_adapters_are_measured_as_in_place(saved, workers):
     config = zo.Config(init_from=str(saved()), scope="lora:2")
     model = loaded(config.init_from)
     zo.add_adapters(model, config)
@@ -119,7 +105,7 @@ def test_batched_adapters_are_measured_as_in_place(saved, workers):  # noqa: F81
         assert abs(found[0][:, 0] - found[0][:, 1]).min() > 1e-5
 
 
-def test_two_ranks_are_one(runs, saved):  # noqa: F811
+def test_two_ranks_are_one(runs, saved):
     given = flags(saved(), **LORA, max_steps=3, query_budget_q=3, num_threads=1)
     assert harness.differences(runs.train("one", **given), runs.train_ranks(2, "two", **given)) == []
 
@@ -139,14 +125,12 @@ def torchao():
     ],
     ids=lambda more: "-".join(map(str, more.values())) or "plain",
 )
-def test_int8_weights_stay_and_adapters_learn_on_them(runs, saved, torchao, more):  # noqa: F811
+def test_int8_weights_stay_and_adapters_learn_on_them(runs, saved, torchao, more):
     """The model that is exported has the loss that the run measured; resume and replay are bitwise."""
     folder = saved()
-    whole, run = runs.whole_and_resumed(5, **flags(folder, **LORA | {"query_budget_q": 3, "weights": "int8"} | more))
-    assert harness.differences(whole, run) == []
-    assert runs.replay(whole) == 0
+    whole = runs.goes_on(5, **flags(folder, **LORA | {"query_budget_q": 3, "weights": "int8"} | more))
     assert runs.resume(whole, export_dir=runs.folder / "merged") == 0
-    losses = [float(row["val_loss"]) for row in harness.metrics(whole) if row["val_loss"]]
+    losses = harness.column(whole, "val_loss")
     assert losses[-1] != losses[0]
     assert validation(runs.folder / "merged", whole) == pytest.approx(losses[-1], abs=3e-3 if "dtype" in more else 1e-4)
     base, merged = (load_file(at / "model.safetensors") for at in (folder, runs.folder / "merged"))
@@ -158,7 +142,7 @@ def test_int8_weights_stay_and_adapters_learn_on_them(runs, saved, torchao, more
         assert (error.max() > 0) == inside
 
 
-def test_int8_weights_take_a_byte_each_and_a_difference_is_seen(saved, torchao):  # noqa: F811
+def test_int8_weights_take_a_byte_each_and_a_difference_is_seen(saved, torchao):
     config = zo.Config(init_from=str(saved()), scope="lora:2", weights="int8", block_size=32)
     model = zo.build_model(config, zo.given_tokenizer(config))
     stored = [values for values in zo.plain_tensors(model) if values.dtype == torch.int8 and values.numel() > 48]
@@ -170,37 +154,32 @@ def test_int8_weights_take_a_byte_each_and_a_difference_is_seen(saved, torchao):
     assert zo.weights_digest(model, (0, 0)) != before[1]
 
 
-def test_int8_weights_are_refused_where_they_make_no_sense(runs, saved, failure, monkeypatch):  # noqa: F811
+def test_int8_weights_are_refused_where_they_make_no_sense(runs, saved, failure, monkeypatch):
     given = LORA | {"weights": "int8", "lora_targets": "c_attn"}
     find, there = zo.importlib.util.find_spec, {"torchao": True}
     monkeypatch.setattr(zo.importlib.util, "find_spec", lambda name: there[name] if name in there else find(name))
-    assert "such weights are not trained; take --scope lora:R" in failure(runs.code, weights="int8")[1]
+    failure("such weights are not trained; take --scope lora:R", runs.code, weights="int8")
     there["torchao"] = None
-    code, line = failure(runs.code, **flags(saved(), **given))
-    assert (code, line) == (2, "error: --weights int8: its package is not installed; run: pip install torchao==0.18.0")
+    needed = "error: --weights int8: its package is not installed; run: pip install torchao==0.18.0"
+    assert failure("", runs.code, **flags(saved(), **given)) == needed
     there["torchao"], module = True, types.ModuleType("torchao.quantization")
     monkeypatch.setitem(sys.modules, "torchao.quantization", module)
-    line = failure(runs.code, **flags(saved(), **given))[1]  # a version that is too old
-    assert line.endswith("has no attribute 'Int8WeightOnlyConfig'; pip install torchao==0.18.0")
+    too_old = "has no attribute 'Int8WeightOnlyConfig'; pip install torchao==0.18.0"
+    assert failure("", runs.code, **flags(saved(), **given)).endswith(too_old)
     module.Int8WeightOnlyConfig = lambda set_inductor_config: None
-    line = failure(runs.code, **flags(saved("GPT2"), **given))[1]
-    assert "the blocks of GPT2LMHeadModel have no torch.nn.Linear" in line
+    failure("the blocks of GPT2LMHeadModel have no torch.nn.Linear", runs.code, **flags(saved("GPT2"), **given))
 
 
-def test_what_has_no_sense_is_refused(runs, saved, failure):  # noqa: F811
+def test_what_has_no_sense_is_refused(runs, saved, failure):
     folder = saved("GPT2")
-    code, line = failure(runs.code, **flags(folder, **LORA))
-    assert code == 2
-    assert "no layer of a block is named 'q_proj'; the blocks' layers are c_attn, c_fc, c_proj" in line
-    assert "adapters are for a trained model" in failure(runs.code, **LORA)[1]
-    assert "--lora_targets: has no effect without --scope lora:R" in failure(runs.code, lora_targets="q_proj")[1]
-    assert (
-        "must be full, head" in failure(runs.code, scope="lora:0", init_from=folder, model_size=None, tokenizer=None)[1]
-    )
+    layers = "no layer of a block is named 'q_proj'; the blocks' layers are c_attn, c_fc, c_proj"
+    failure(layers, runs.code, **flags(folder, **LORA))
+    failure("adapters are for a trained model", runs.code, **LORA)
+    failure("--lora_targets: has no effect without --scope lora:R", runs.code, lora_targets="q_proj")
+    failure("must be full, head", runs.code, **flags(folder, scope="lora:0"))
     run = runs.train(**flags(saved(), **LORA, max_steps=1))
-    code, line = failure(runs.code, "again", **flags(harness.last_checkpoint(run)))
-    assert code == 2
-    assert "an adapter, not a model; name one that it is merged into" in line
+    merged = "an adapter, not a model; name one that it is merged into"
+    failure(merged, runs.code, "again", **flags(harness.last_checkpoint(run)))
 
 
 @pytest.mark.parametrize(("weights", "target"), [("float32", "dt_proj"), ("int8", "in_proj")])
@@ -217,12 +196,12 @@ def test_a_layer_whose_weight_is_read_without_a_call_is_refused(request, weights
         zo.add_adapters(model, config)
 
 
-def test_adapters_merged_into_bfloat16_weights_are_exported_in_float32(runs, saved):  # noqa: F811
+def test_adapters_merged_into_bfloat16_weights_are_exported_in_float32(runs, saved):
     """With a rate so small that bfloat16 would lose what they add."""
     folder, out = saved(), runs.folder / "out"
     given = flags(folder, **LORA | {"learning_rate": 1e-4}, max_steps=3, weights="bfloat16", export_dir=out)
     run = runs.train(**given)
-    adapter = load_file(harness.last_checkpoint(run) / "adapter_model.safetensors")
+    adapter = harness.weights(run, file="adapter_model")
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float().state_dict()
     found = loaded(out).state_dict()
     name = "model.layers.0.self_attn.q_proj"

@@ -10,7 +10,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from test_init_from import flags as folder_flags
-from test_init_from import saved  # noqa: F401
 
 import reproduce_zo_paper as zo
 
@@ -110,10 +109,8 @@ def test_losses_are_at_the_weights_plus_and_minus_epsilon_z(name, workers, small
         for column, sign in enumerate((1, -1)):
             other = copy.deepcopy(exact)
             for tensor, parameter in zip(full, other.parameters()):
-                z, direction = (
-                    torch.empty(tensor.rows, tensor.columns),
-                    queries.family.direction(tensor, queries.at(query)),
-                )
+                z = torch.empty(tensor.rows, tensor.columns)
+                direction = queries.family.direction(tensor, queries.at(query))
                 for block in tensor.blocks:
                     direction(block, z[tensor.span(block)])
                 parameter.data.add_(sign * queries.epsilon * z.view_as(parameter))
@@ -125,21 +122,15 @@ def test_losses_are_at_the_weights_plus_and_minus_epsilon_z(name, workers, small
 def test_bfloat16_weights_are_not_perturbed_in_place(runs, workers, failure):
     model, _, half, _, queries = pair()
     ids = torch.arange(40).view(4, 10)
+    batch = zo.query_batch(ids, ids, 3, "shared")
     with pytest.raises(ValueError, match="what is perturbed in place must be float32"):
-        zo.query_losses(
-            zo.Objective(model, workers, torch.bfloat16), half, zo.query_batch(ids, ids, 3, "shared"), queries
-        )
+        zo.query_losses(zo.Objective(model, workers, torch.bfloat16), half, batch, queries)
     with pytest.raises(ValueError, match="what is perturbed must be float32"):
         zo.zo_step(model.named_parameters(), lambda: 0.0, 1, 1e-3, 1e-3)
-    line = failure(runs.code, weights="bfloat16")[1]
-    assert (
-        "--weights bfloat16: queries in place would move such weights; take --scope lora:R, or --parallel_q_comp"
-        in line
-    )
-    assert (
-        "--dtype float32: weights in bfloat16 are computed with in bfloat16"
-        in failure(runs.code, **HALF, dtype="float32")[1]
-    )
+    says = "--weights bfloat16: queries in place would move such weights; take --scope lora:R, or --parallel_q_comp"
+    failure(says, runs.code, weights="bfloat16")
+    says = "--dtype float32: weights in bfloat16 are computed with in bfloat16"
+    failure(says, runs.code, **HALF, dtype="float32")
 
 
 @pytest.mark.parametrize(
@@ -157,21 +148,13 @@ def test_bfloat16_weights_are_not_perturbed_in_place(runs, workers, failure):
     ids=lambda more: "-".join(map(str, more.values())),
 )
 def test_resume_and_replay_are_bitwise(runs, more):
-    whole, run = runs.whole_and_resumed(5, **HALF | more)
-    assert harness.differences(whole, run) == []
-    assert runs.replay(whole) == 0
-    kept = load_file(harness.last_checkpoint(run) / "model.safetensors")
+    kept = harness.weights(runs.goes_on(5, **HALF | more))
     assert {value.dtype for value in kept.values() if value.ndim > 1} == {torch.bfloat16}
     assert {value.dtype for value in kept.values() if value.ndim == 1} == {torch.float32}
     assert all(value.isfinite().all() for value in kept.values())
 
 
-def test_two_ranks_are_one(runs):
-    given = HALF | {"max_steps": 3, "query_budget_q": 3, "num_threads": 1, "optimizer": "adam"}
-    assert harness.differences(runs.train("one", **given), runs.train_ranks(2, "two", **given)) == []
-
-
-def test_a_loaded_model_is_computed_as_transformers_does(runs, saved):  # noqa: F811
+def test_a_loaded_model_is_computed_as_transformers_does(runs, saved):
     """And adapters beside bfloat16 weights are float32, so that their queries may be in place."""
     folder, out = saved(), runs.folder / "out"
     given = folder_flags(folder, weights="bfloat16", scope="lora:2", max_steps=2, export_dir=out)
@@ -202,12 +185,10 @@ def test_a_weight_that_is_not_finite_ends_the_run_and_is_named(runs, monkeypatch
             out[0] = math.nan
 
     monkeypatch.setattr(zo, "store", damaged)
-    code, line = failure(runs.code, **HALF, max_steps=4, save_interval=1)
-    assert code == 3
-    assert "step 2: model.layers." in line
+    line = failure("step 2: model.layers.", runs.code, **HALF, max_steps=4, save_interval=1, code=3)
     assert "holds a value that is not finite" in line
-    run = harness.only_run(runs.folder / "logs")
-    assert all(v.isfinite().all() for v in load_file(harness.last_checkpoint(run) / "model.safetensors").values())
+    kept = harness.weights(harness.only_run(runs.folder / "logs"))
+    assert all(value.isfinite().all() for value in kept.values())
 
 
 def test_gradients_of_an_embedding_are_summed_in_float32(workers):
@@ -215,16 +196,15 @@ def test_gradients_of_an_embedding_are_summed_in_float32(workers):
     model, exact, half, full, _ = pair()
     ids = torch.zeros(128, 32, dtype=torch.int64)
     ids[::7] = torch.arange(32) % 61
-    found = [
-        zo.Objective(each, workers, torch.bfloat16).gradient(ids, ids, own)[1]
-        for each, own in ((model, half), (exact, full))
-    ]
     table = next(tensor.index for tensor in half if "embed" in tensor.name)
-    one, two = (each[table].float() for each in found)
+    one, two = (
+        zo.Objective(each, workers, torch.bfloat16).gradient(ids, ids, own)[1][table].float()
+        for each, own in ((model, half), (exact, full))
+    )
     assert (one - two).norm() < 0.02 * two.norm()
 
 
-def test_norms_are_loaded_and_kept_as_they_are(runs, saved):  # noqa: F811
+def test_norms_are_loaded_and_kept_as_they_are(runs, saved):
     """Also through an export of a bfloat16 run, which goes on from it."""
     folder, out = saved(), runs.folder / "out"
     first = load_file(folder / "model.safetensors")

@@ -152,6 +152,7 @@ REFUSED = r"""
     --learning_rate -1 --min_lr 1 --use_lr_scheduler -> --learning_rate -1: must be above 0
     --query_data distinct --batch_size 4 --query_budget_q 3 -> --query_data distinct: --batch_size 4.*--query_budget_q 3
     --direction aligned --optimizer mudamw -> --optimizer mudamw: not for --direction aligned
+    --direction lowrank --optimizer mudamw -> --optimizer mudamw: not for --direction lowrank
     --dataset fineweb-edv -> --dataset fineweb-edv: .*mean fineweb-edu\?
     --tensorboard -> --tensorboard: its package is not installed; run: pip install tensorboard
     --track trackio -> --track trackio: its package is not installed; run: pip install trackio

@@ -23,6 +23,7 @@ def compared(runs, capsys):
 
     def call(*paths) -> tuple[str, list[dict[str, str]]]:
         capsys.readouterr()
+        runs.pictures = True
         assert runs.main(["--log_dir", str(runs.folder / "pictures"), "--compare", *map(str, paths)]) == 0
         output = capsys.readouterr().out
         heading, *lines = output.split("\n\n")[0].splitlines()

@@ -71,19 +71,12 @@ def measured(function, family, q: int, epsilon: float, workers) -> tuple[torch.T
 
 
 @every_family
-def test_the_estimate_is_unbiased_to_order_epsilon_squared_and_as_long_as_theory_says(name, workers):
-    """On a quadratic central differences are exact: c is grad . z, the mean of c z is the gradient within its standard
-    error, and of Gaussian directions E||g||^2 = (d + q + 1) / q ||grad||^2. On sum theta^3, c - grad . z is epsilon^2
-    sum z^3.
-    """
-    generator, n, q = torch.Generator().manual_seed(1), 1200, 4
+def test_projected_gradients_are_right_to_order_epsilon_squared(name, workers):
+    """On a quadratic central differences are exact; on sum theta^3, c - grad . z is epsilon^2 sum z^3."""
+    generator = torch.Generator().manual_seed(1)
     root, slope = torch.randn(33, 32, generator=generator, dtype=torch.float64).div(5).split([32, 1])
-    c, z, theta = measured(lambda t: (root @ t).square().sum() / 2 + slope[0] @ t, FAMILIES[name], n, 1e-2, workers)
-    true, samples = root.T @ root @ theta + slope[0], c[:, None] * z
-    torch.testing.assert_close(c, z @ true, rtol=1e-8, atol=1e-8)
-    assert ((samples.mean(0) - true).abs() < 5 * samples.std(0) / math.sqrt(n)).all()
-    norms = samples.view(n // q, q, 32).mean(1).square().sum(1) / true.square().sum()
-    assert name != "gaussian" or abs(norms.mean() - (32 + q + 1) / q) < 5 * norms.std() / math.sqrt(n // q)
+    c, z, theta = measured(lambda t: (root @ t).square().sum() / 2 + slope[0] @ t, FAMILIES[name], 9, 1e-2, workers)
+    torch.testing.assert_close(c, z @ (root.T @ root @ theta + slope[0]), rtol=1e-8, atol=1e-8)
     for epsilon in (0.2, 0.05):
         c, z, theta = measured(lambda t: t.pow(3).sum(), FAMILIES[name], 2, epsilon, workers)
         torch.testing.assert_close(c - z @ (3 * theta.square()), epsilon**2 * z.pow(3).sum(1), rtol=1e-6, atol=0)
@@ -202,12 +195,7 @@ def test_the_function_returns_the_mean_of_c_z(name, parallel, data, workers):
 WRONG = [("q", value) for value in (0, -1, 2.5, math.inf)] + [("rank", value) for value in (0, -1, 1.5)]
 WRONG += [("epsilon", value) for value in (0.0, -1e-3, math.nan, math.inf, 1e300)] + [("parallel_batch_size", 0)]
 WRONG += [("query_data", "distict"), ("query_data", "distinct"), ("direction", "gausian"), ("labels", tokens(3))]
-WRONG += [
-    ("labels", tokens() * 0 - 100),
-    ("labels", tokens() + 61),
-    ("inputs", tokens() + 61),
-    ("inputs", tokens() / 2),
-]
+WRONG += [("labels", tokens() * 0 - 100), ("labels", tokens() + 61), ("inputs", tokens() + 61)]
 WRONG += [("trainable_params", [torch.nn.Parameter(torch.zeros(3))]), ("trainable_params", []), ("shape", (2, 1))]
 WRONG += [("inputs", tokens() / 2), ("trainable_params", [torch.nn.Parameter(torch.zeros(3).half())])]
 
@@ -224,13 +212,10 @@ def test_what_cannot_be_used_is_refused_in_one_line_and_changes_nothing(tiny_lla
 
 @on_both_paths
 @pytest.mark.parametrize("broken", ["losses", "weights"])
-def test_what_is_not_finite_is_an_error_and_a_loss_of_ones_own_is_used(tiny_llama, broken, parallel):
-    own, ids = torch.nn.CrossEntropyLoss(label_smoothing=0.1), tokens()
-    _, loss = estimate(tiny_llama, parallel_q_computation=parallel, loss_fn=own)
-    logits = tiny_llama(input_ids=ids).logits[:, :-1].flatten(0, 1)
-    assert loss.item() == pytest.approx(own(logits, ids[:, 1:].flatten()).item(), abs=1e-3)
+def test_what_is_not_finite_is_an_error(tiny_llama, broken, parallel):
     tiny_llama.lm_head.weight.data[0, 0] *= math.nan if broken == "weights" else 1.0
-    loss_fn = (lambda *given: own(*given) * math.inf) if broken == "losses" else None
+    cross_entropy = torch.nn.functional.cross_entropy
+    loss_fn = (lambda *given: cross_entropy(*given) * math.inf) if broken == "losses" else None
     with pytest.raises(FloatingPointError, match="finite"):
         estimate(tiny_llama, parallel_q_computation=parallel, loss_fn=loss_fn)
 

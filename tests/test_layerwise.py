@@ -3,16 +3,12 @@
 import harness
 import pytest
 import torch
-from safetensors.torch import load_file
+from harness import weights
 
 import reproduce_zo_paper as zo
 
 LAYERS = {"scope": "layerwise", "stage_steps": "3,2", "max_steps": None, "save_interval": 1, "eval_interval": 50}
 STAGES = "embedding, steps 0 to 2", "blocks:0-0, steps 3 to 4", "blocks:1-1, steps 5 to 6"  # of the miniature
-
-
-def weights(run, step: int, file: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step_{step:08d}" / f"{file}.safetensors")
 
 
 def in_stage(name: str) -> int:
@@ -28,7 +24,7 @@ def layers(request, module_runs):
 def test_a_stage_trains_its_layer_and_nothing_else(layers):
     for step, stage in ((1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (6, 2)):
         one, other = weights(layers, step), weights(layers, step + 1)
-        assert {n for n in one if not torch.equal(one[n], other[n])} == {n for n in one if in_stage(n) == stage}
+        assert harness.moved(one, other) == {name for name in one if in_stage(name) == stage}
 
 
 def test_a_block_begins_from_new_weights(runs):

@@ -14,37 +14,25 @@ import torch
 import reproduce_zo_paper as zo
 
 BATCHED = {"parallel_q_computation": True, "parallel_batch_size": 2}
+DISTINCT = {"query_data": "distinct", "batch_size": 6, "optimizer": "adam", "direction": "rademacher"}
+FEEDBACK = {"direction": "feedback", "optimizer": "adam"}
+INSTRUCT = {"mode": "Instruct", "bp_interval": 3, "query_budget_q": 3}
 RUNS = {
     "in place": {"query_budget_q": 5},
     "batched low rank": {"query_budget_q": 5, "direction": "lowrank", **BATCHED},
-    "batched dense, distinct, adam": {
-        **{
-            "query_budget_q": 6,
-            "query_data": "distinct",
-            "batch_size": 6,
-            "optimizer": "adam",
-            "direction": "rademacher",
-        },
-        **BATCHED,
-    },
-    "dense updates shared": {"query_budget_q": 65, "direction": "kronecker", "weight_decay": 0.1, "max_steps": 4},
-    "bfloat16 updates shared": {"query_budget_q": 64, "weights": "bfloat16", "max_steps": 4, **BATCHED},
+    "batched dense, distinct, adam": {"query_budget_q": 6, **DISTINCT, **BATCHED},
+    "dense updates shared": {"query_budget_q": 65, "direction": "kronecker", "weight_decay": 0.1, "max_steps": 2},
+    "bfloat16 updates shared": {"query_budget_q": 64, "weights": "bfloat16", "max_steps": 2, **BATCHED},
     "aligned": {"query_budget_q": 4, "direction": "aligned", "rank": 2},
-    "feedback, fewer queries than ranks": {"query_budget_q": 1, "direction": "feedback", "optimizer": "adam"},
-    "feedback, block": {"query_budget_q": 0, "direction": "feedback", "optimizer": "adam"},
-    "feedback, branch": {"query_budget_q": 3, "direction": "feedback", "carry": "branch", "optimizer": "adam"},
-    "feedback, stream": {"query_budget_q": 3, "direction": "feedback", "carry": "stream", "optimizer": "adam"},
+    "feedback, fewer queries than ranks": {"query_budget_q": 1, **FEEDBACK},
+    "feedback, block": {"query_budget_q": 0, **FEEDBACK},
+    "feedback, branch": {"query_budget_q": 3, "carry": "branch", **FEEDBACK},
+    "feedback, stream": {"query_budget_q": 3, "carry": "stream", **FEEDBACK},
     "closed form alone": {"query_budget_q": 0, "direction": "gaussian", "head": "closed_form"},
     "backpropagation": {"mode": "FO", "optimizer": "mudamw"},
-    "Instruct, gaussian": {"mode": "Instruct", "bp_interval": 3, "query_budget_q": 3, "direction": "gaussian"},
-    "Instruct, feedback": {"mode": "Instruct", "bp_interval": 3, "query_budget_q": 3, "direction": "feedback"},
-    "layerwise": {
-        "scope": "layerwise",
-        "stage_steps": "3,2",
-        "query_budget_q": 3,
-        "max_steps": None,
-        "save_interval": 5,
-    },
+    "Instruct, gaussian": {"direction": "gaussian", **INSTRUCT},
+    "Instruct, feedback": {"direction": "feedback", **INSTRUCT},
+    "layerwise": {"scope": "layerwise", "stage_steps": "2,1", "query_budget_q": 3, "max_steps": None},
 }
 
 
@@ -233,18 +221,11 @@ def test_what_one_process_does_is_refused_to_more(runs):
 @pytest.mark.skipif(harness.DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs two devices")
 def test_torchrun_starts_it(runs):
     one = runs.train("one", num_threads=1)
-    code = "import sys, harness; harness.shrink(); sys.exit(harness.zo.main(sys.argv[1:]))"
+    code = "import sys, pytest, harness; harness.shrink(pytest.MonkeyPatch()); sys.exit(harness.zo.main(sys.argv[1:]))"
     start = runs.folder / "start.py"
     start.write_text(f"import sys; sys.path[:0] = [{str(harness.HERE)!r}, {str(harness.ROOT)!r}]\n{code}\n")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(harness.free_port()),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(harness.free_port())]
     words = harness.argv(**runs.flags("two", num_threads=1))
     done = subprocess.run([*command, str(start), *words], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr

@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 import reproduce_zo_paper as zo
 
 
-def moved(one, other) -> set[str]:
+def moved(*folders) -> set[str]:
     """The tensors that differ between two models' folders."""
-    before, after = (load_file(folder / "model.safetensors") for folder in (one, other))
-    return {name for name in before if not torch.equal(before[name], after[name])}
+    return harness.moved(*(load_file(folder / "model.safetensors") for folder in folders))
 
 
 def test_an_exported_model_gives_the_same_logits_and_tells_its_run(runs, errors, tmp_path):
@@ -87,19 +86,18 @@ class Tracker(types.ModuleType):
             raise ConnectionError("no such server")
 
 
-@pytest.mark.parametrize(
-    ("name", "fails"), [("wandb", ""), ("trackio", ""), *(("wandb", at) for at in ("init", "log", "finish"))]
-)
-def test_a_tracker_gets_flags_and_rows_and_one_that_fails_is_named_once_and_stops_nothing(
-    runs, monkeypatch, name, fails
-):
+TRACKERS = [("wandb", ""), ("trackio", ""), ("wandb", "init"), ("wandb", "log"), ("wandb", "finish")]
+
+
+@pytest.mark.parametrize(("name", "fails"), TRACKERS)
+def test_a_tracker_gets_flags_and_rows_and_one_that_fails_is_left_out(runs, monkeypatch, name, fails):
+    """It is named once and stops nothing."""
     tracker = Tracker(name, fails)
     monkeypatch.setitem(sys.modules, name, tracker)
     run = runs.train(track=name)
     said = [line for line in (run / "train.log").read_text().splitlines() if "left out" in line]
-    assert [line.endswith("wandb failed and is left out from here on: no such server") for line in said] == [
-        True
-    ] * bool(fails)
+    assert len(said) == bool(fails)
+    assert all(line.endswith("wandb failed and is left out from here on: no such server") for line in said)
     if fails:
         assert [what for what, _ in tracker.calls].count(fails) == 1
         return
@@ -127,9 +125,9 @@ WRITERS = r"(o_proj|down_proj|embed_tokens|model\.norm)\.weight"  # what carry s
 def test_a_scope_moves_what_it_names_and_nothing_else(runs, scope, carry):
     flags = {"direction": "feedback", "carry": carry, "optimizer": "adam"} if carry else {"learning_rate": 1e-2}
     run = runs.train(scope=scope, max_steps=3, save_interval=1, **flags)
-    one, *_, last = (run / "checkpoints" / f"step_0000000{step}" for step in (1, 2, 3))
-    names = {name for name in load_file(last / "model.safetensors") if re.search(SCOPES[scope], name)}
-    assert moved(one, last) == {name for name in names if carry != "stream" or re.search(WRITERS, name)}
+    one, last = harness.weights(run, 1), harness.weights(run, 3)
+    names = {name for name in last if re.search(SCOPES[scope], name)}
+    assert harness.moved(one, last) == {name for name in names if carry != "stream" or re.search(WRITERS, name)}
 
 
 def test_a_scope_that_the_model_lacks_is_refused(errors, runs, miniature):
