@@ -19,6 +19,11 @@ import pytest  # noqa: E402
 import reproduce_zo_paper as zo  # noqa: E402
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return one worker more than there are cores: tests of kills and of ranks wait much of their time."""
+    return 1 + (os.cpu_count() or 1)
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
     """The token cache of the whole test run."""

@@ -119,6 +119,18 @@ def test_losses_are_at_the_weights_plus_and_minus_epsilon_z(name, workers, small
     assert abs(found[:, 0] - found[:, 1]).max() > 1e-2
 
 
+def test_rows_of_a_perturbed_embedding_are_made_in_float32(workers):
+    _, model, _, tensors, queries = pair("lowrank")
+    ids, table = torch.arange(12).view(2, 6), model.get_input_embeddings()
+    at = next(tensor for tensor in tensors if tensor.parameter is table.weight)
+    objective, z = zo.Objective(model, workers, torch.bfloat16), torch.empty(at.rows, at.columns)
+    queries.directions(0, tensors)[at.index](0, z)
+    with torch.no_grad(), objective.quiet():
+        found = zo.Batched(objective, tensors, queries, range(1), 2, 6).embedding(table, ids.repeat(2, 1))
+    wanted = [(at.matrix + sign * queries.epsilon * z)[ids] for sign in (1, -1)]
+    torch.testing.assert_close(found, torch.cat(wanted), rtol=0, atol=1e-7)
+
+
 def test_bfloat16_weights_are_not_perturbed_in_place(runs, workers, failure):
     model, _, half, _, queries = pair()
     ids = torch.arange(40).view(4, 10)

@@ -32,7 +32,7 @@ def test_help_has_a_heading_a_group_and_in_it_every_flag_with_its_default():
         (entry,) = [entry for entry in entries if re.match(rf"--{field.name}\b", entry)]
         assert " ".join(field.metadata["help"].split()) in entry
         shown = field.metadata.get("shown", field.default)
-        assert shown in (None, False) or f"(default: {shown})" in entry
+        assert shown is None or shown is False or f"(default: {shown})" in entry
         assert all(choice in entry for choice in zo.choices_of(field))
     assert re.search(r"0 done.*2 .*3 .*4 .*130", " ".join(text.split()))
 

@@ -128,6 +128,9 @@ def test_the_last_message_of_a_chat_is_predicted_by_the_template(runs, tmp_path,
         begin = int((labels >= 0).nonzero()[0])
         assert found.tokenizer.decode(ids[:begin]) == f"<user>{user['content']}</s>\n<assistant>"
         assert found.tokenizer.decode(ids[begin:]) == f"{answer['content']}</s>\n{zo.END_OF_TEXT}"
+    tokenizer.chat_template = TEMPLATE.replace("</s>", "</m>")
+    tokenizer.save_pretrained(flags["tokenizer"])
+    assert corpus(runs, **flags).folder != found.folder
 
 
 KINDS = {
