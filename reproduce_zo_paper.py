@@ -1272,15 +1272,17 @@ class HeadTiles:
     def __init__(self, head: torch.nn.Linear, h: torch.Tensor, targets: torch.Tensor, bias=None):
         self.weight, self.h, self.targets, self.factors = head.weight, h, targets, ()
         self.bias = head.bias[None] if bias is None and head.bias is not None else bias
-        self.scale = 1 if h.device.type == "cpu" else TILE_SCALE_ACCELERATOR
-        starts = range(0, len(self.weight), SLAB_VOCABULARY * self.scale)
-        self.slabs = [(number, functools.partial(self._shared, first)) for number, first in enumerate(starts)]
+        self.scale = scale = 1 if h.device.type == "cpu" else TILE_SCALE_ACCELERATOR
+        weight, groups = head.weight, range(len(h))  # not self, whose h would stay until the garbage collector comes
 
-    def _shared(self, first: int) -> Iterator[tuple[slice, torch.Tensor, Sequence[int]]]:
-        last, step = min(first + SLAB_VOCABULARY * self.scale, len(self.weight)), TILE_VOCABULARY * self.scale
-        for lo in range(first, last, step):
-            rows = slice(lo, min(last, lo + step))
-            yield rows, self.weight[rows], range(len(self.h))
+        def shared(first: int) -> Iterator[tuple[slice, torch.Tensor, Sequence[int]]]:
+            last, step = min(first + SLAB_VOCABULARY * scale, len(weight)), TILE_VOCABULARY * scale
+            for lo in range(first, last, step):
+                rows = slice(lo, min(last, lo + step))
+                yield rows, weight[rows], groups
+
+        starts = range(0, len(weight), SLAB_VOCABULARY * scale)
+        self.slabs = [(number, functools.partial(shared, first)) for number, first in enumerate(starts)]
 
     def tiles(self, slab: tuple[int, Callable]) -> Iterator[Tile]:
         """Yield every tile of a slab."""
@@ -3259,7 +3261,7 @@ SPLITS = ("train", "validation")
 PASSAGE_WORDS = 500
 VALIDATION_SHARE = 20  # one document in so many is for validation
 TOKENIZER_DOCUMENTS = 20_000  # bpe:N is trained on so many training documents at most
-PIECE_CHARACTERS, PIECES_AT_ONCE = 1 << 15, 64  # of a document that is encoded; that threads share
+PIECE_CHARACTERS, CHARACTERS_AT_ONCE = 1 << 15, 1 << 21  # of a document that is encoded; that threads share
 MOST_OPTIONS = 100
 MANIFEST = "manifest.json"
 LOCK_PATIENCE = 1.0  # seconds: for a moment a lock can outlive a killed process, in a child that was being started
@@ -3840,10 +3842,19 @@ def encoded_pieces(tokenizer: transformers.PreTrainedTokenizerFast, texts: Itera
             for (part, piece), following in itertools.pairwise(itertools.chain(parts, [None])):
                 yield piece, document, split, part, following is None
 
-    found, encode = pieces(), functools.partial(tokenizer.backend_tokenizer.encode_batch, add_special_tokens=False)
-    batches = iter(lambda: list(itertools.islice(found, PIECES_AT_ONCE)), [])
+    def batches() -> Iterator[list[tuple]]:
+        batch, size = [], 0
+        for piece in pieces():
+            batch.append(piece)
+            size += len(piece[0])
+            if size >= CHARACTERS_AT_ONCE:
+                yield batch
+                batch, size = [], 0
+        yield batch
+
+    encode = functools.partial(tokenizer.backend_tokenizer.encode_batch, add_special_tokens=False)
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:
-        coming = ((batch, ahead.submit(encode, [text for text, *_ in batch])) for batch in batches)
+        coming = ((batch, ahead.submit(encode, [text for text, *_ in batch])) for batch in batches())
         for (batch, encoded), _ in itertools.pairwise(itertools.chain(coming, [None])):
             yield from ((piece, each.ids) for piece, each in zip(batch, encoded.result()))
 

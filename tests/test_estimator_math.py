@@ -1,8 +1,10 @@
 """The estimator: unbiased, to order epsilon^2, applied along the directions that were measured, leaving no trace."""
 
 import copy
+import gc
 import itertools
 import math
+import weakref
 from types import SimpleNamespace
 
 import harness
@@ -253,3 +255,21 @@ def test_loss_and_gradients_are_transformers_and_autograds(head, workers, monkey
         torch.testing.assert_close(errors[-1].back, back[:, :-1].flatten(0, 1), rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(errors[-1].weight, inside, rtol=1e-9, atol=1e-12)
         assert all(torch.equal(one, two) for one, two in zip(errors[-1][1:3], errors[0][1:3]))
+
+
+@pytest.mark.parametrize("direction", ["gaussian", "lowrank"])
+def test_what_a_pass_holds_is_freed_without_the_garbage_collector(direction, workers, monkeypatch):
+    """Which does not know how large hidden states are."""
+    made, begin = weakref.WeakSet(), zo.HeadTiles.__init__
+    monkeypatch.setattr(zo.HeadTiles, "__init__", lambda self, *given: made.add(self) or begin(self, *given))
+    model, ids = harness.llama(), torch.arange(40).view(4, 10)
+    tensors, objective = zo.trainable_tensors(model.named_parameters()), zo.Objective(model, workers)
+    queries, batch = zo.Queries(zo.DIRECTIONS[direction](), 0, 0, 3, 1e-3), zo.query_batch(ids, ids, 3, "shared")
+    gc.disable()
+    try:
+        for group in (0, 2):
+            zo.query_losses(objective, tensors, batch, queries, group)
+        objective.error(objective.hidden(ids).detach(), ids, back=True)
+        assert not made
+    finally:
+        gc.enable()
