@@ -4566,11 +4566,12 @@ class RunDirectory:
             raise UsageError(f"{path}: not what the run began with ({'; '.join(odd)})")
 
     def add_row(self, row: dict[str, str]) -> None:
-        """Append a row to metrics.csv, or put it where damage has left a gap."""
+        """Append a row to metrics.csv, or put it where damage has left a gap, or where one is without validation."""
         self.rows.append(row)
         path, steps = self.path / "metrics.csv", [int(each["step"]) for each in self.rows[-2:]]
-        if steps != sorted(steps):
-            self.rows.sort(key=lambda each: int(each["step"]))
+        if steps != sorted(set(steps)):
+            by_step = {int(each["step"]): each for each in self.rows}
+            self.rows = [by_step[step] for step in sorted(by_step)]
             self.keep_rows(max(steps))
         else:
             with storing(path), open(path, "a", newline="", encoding="utf-8") as file:
@@ -5175,8 +5176,9 @@ class Account:
 
     def __init__(self, job: Job):
         self.job, self.run, self.config, rows = job, job.run, job.config, job.run.rows
-        self.there = {int(row["step"]) for row in rows}
         self.ends = {job.total, *(phase.end for phase in job.phases)}
+        # an end that was not one when its row was written has no validation yet
+        self.there = {int(row["step"]) for row in rows if row["val_loss"] or int(row["step"]) not in self.ends}
         self.trackers = Trackers(self.run)
         self.before, self.started = float(rows[-1]["seconds"]) if rows else 0.0, job.done
         self.began = self.clock = time.perf_counter()

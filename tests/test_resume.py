@@ -269,6 +269,17 @@ def test_a_run_without_any_checkpoint_is_rebuilt_from_its_journal(runs, stopped,
     assert measured == [6, 7]
 
 
+def test_a_run_that_was_cut_short_is_validated_where_it_is_told_to_end(runs):
+    flags = {"log_interval": 1, "eval_interval": 100, "save_interval": 100}
+    whole, run = runs.train(**flags, max_steps=4), runs.train("cut", **flags, max_steps=6)
+    for name, count in (("journal.jsonl", 4), ("metrics.csv", 6)):  # up to step 4; the head, and step 0
+        lines = (run / name).read_text("utf-8").splitlines(keepends=True)
+        (run / name).write_text("".join(lines[:count]), "utf-8")
+    shutil.rmtree(run / "checkpoints")
+    assert harness.metrics(run)[-1]["val_loss"] == ""
+    runs.complete(run, whole, max_steps=4)
+
+
 def test_a_second_process_on_the_same_run_is_refused(runs, whole, failure):
     child = runs.start("logs", ("slow_steps", 0.05), optimizer="adam", **STEPS)
     child.until(lambda: harness.records(runs.folder / "logs") >= 1)
