@@ -713,18 +713,17 @@ def local_files(dataset: str) -> list[Path]:
 
 def dataset_fault(source: Source) -> str | None:
     """Return the fault of a name that is neither known, nor a hub id, nor readable files of one format."""
-    named = f"{source.flag} {source.name}"
     if source.name == "embedded" or source.hub:
         return None
     if not Path(source.name).exists():
         known = ["embedded", *HUB_DATASETS]
         hint = f"{nearest(source.name, known)}; known: {', '.join(known)}"
-        return f"{named}: neither a file, nor a hub id (OWNER/NAME), nor a known data set{hint}"
+        return f"{source}: neither a file, nor a hub id (OWNER/NAME), nor a known data set{hint}"
     files = local_files(source.name)
     if len({local_format(file) for file in files}) > 1:
-        return f"{named}: holds files of several formats ({files[0].name}, ...); take a folder of one, or a file"
+        return f"{source}: holds files of several formats ({files[0].name}, ...); take a folder of one, or a file"
     if not any(file.stat().st_size for file in files):
-        return f"{named}: must be a non-empty file, or a folder with some, ending in {' '.join(LOCAL_FORMATS)}"
+        return f"{source}: must be a non-empty file, or a folder with some, ending in {' '.join(LOCAL_FORMATS)}"
     return None
 
 
